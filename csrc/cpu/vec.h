@@ -1,0 +1,142 @@
+// SIMD vectors of the instruction set this file is compiled for: GCC vector extensions, and intrinsics
+// only for what the extensions cannot say (min, max, fused multiply-add, widening multiply).
+#pragma once
+
+#include <cstring>
+
+#include "../common/host_device.h"
+
+namespace spd {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Vec = VecF;
+  using Int = VecI32;
+  using Scalar = int32_t;
+  static constexpr int count = kVectorBytes / 4;
+};
+template <>
+struct Lanes<double> {
+  using Vec = VecD;
+  using Int = VecI64;
+  using Scalar = int64_t;
+  static constexpr int count = kVectorBytes / 8;
+};
+
+template <class V, class T>
+SPD_HD V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+SPD_HD void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+// {0, 1, 2, ...}
+template <class T>
+SPD_HD typename Lanes<T>::Int iota() {
+  typename Lanes<T>::Int v{};
+  for (int i = 0; i < Lanes<T>::count; ++i) v[i] = i;
+  return v;
+}
+
+#if defined(__AVX512F__)
+SPD_HD VecF minimum(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
+SPD_HD VecD minimum(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
+SPD_HD VecF maximum(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+SPD_HD VecD maximum(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+SPD_HD VecF mul_add(VecF a, VecF b, VecF c) {
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+SPD_HD VecD mul_add(VecD a, VecD b, VecD c) {
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+SPD_HD VecU64 multiply_low_words(VecU64 a, VecU64 b) {
+  return (VecU64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+}
+#elif defined(__AVX2__)
+SPD_HD VecF minimum(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+SPD_HD VecD minimum(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
+SPD_HD VecF maximum(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+SPD_HD VecD maximum(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+SPD_HD VecF mul_add(VecF a, VecF b, VecF c) {
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+SPD_HD VecD mul_add(VecD a, VecD b, VecD c) {
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+SPD_HD VecU64 multiply_low_words(VecU64 a, VecU64 b) {
+  return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
+#else
+#if defined(__SSE2__)
+SPD_HD VecF minimum(VecF a, VecF b) { return (VecF)_mm_min_ps((__m128)a, (__m128)b); }
+SPD_HD VecD minimum(VecD a, VecD b) { return (VecD)_mm_min_pd((__m128d)a, (__m128d)b); }
+SPD_HD VecF maximum(VecF a, VecF b) { return (VecF)_mm_max_ps((__m128)a, (__m128)b); }
+SPD_HD VecD maximum(VecD a, VecD b) { return (VecD)_mm_max_pd((__m128d)a, (__m128d)b); }
+SPD_HD VecU64 multiply_low_words(VecU64 a, VecU64 b) {
+  return (VecU64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+}
+#else
+SPD_HD VecF minimum(VecF a, VecF b) { return a < b ? a : b; }
+SPD_HD VecD minimum(VecD a, VecD b) { return a < b ? a : b; }
+SPD_HD VecF maximum(VecF a, VecF b) { return a > b ? a : b; }
+SPD_HD VecD maximum(VecD a, VecD b) { return a > b ? a : b; }
+SPD_HD VecU64 multiply_low_words(VecU64 a, VecU64 b) {
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+}
+#endif
+// Without a fused instruction: two roundings.
+SPD_HD VecF mul_add(VecF a, VecF b, VecF c) { return a * b + c; }
+SPD_HD VecD mul_add(VecD a, VecD b, VecD c) { return a * b + c; }
+#endif
+
+SPD_HD VecF absolute(VecF a) { return (VecF)((VecI32)a & 0x7fffffff); }
+
+// The lanes added pairwise, in a fixed order.
+template <class V>
+SPD_HD auto sum_lanes(V v) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if constexpr (sizeof(v[0]) == 4) {
+#if defined(__AVX512F__)
+    const __m256 w = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                   _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1)));
+#else
+    const __m256 w = (__m256)v;
+#endif
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+  } else
+#endif
+  {
+    constexpr int count = sizeof(V) / sizeof(v[0]);
+    auto sum = v[0];
+    decltype(sum) lanes[count];
+    for (int i = 0; i < count; ++i) lanes[i] = v[i];
+    for (int width = count / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+  }
+}
+
+}  // namespace spd

@@ -1,0 +1,237 @@
+"""DecomposedModel: a frozen target, its components, and their causal-importance functions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spd_fast import ops
+from spd_fast.errors import UserError, nearest
+from spd_fast.model.ci_fns import CIFnKind, MLPGate, make_ci_fn
+from spd_fast.model.components import Components, Init, TiedComponents
+from spd_fast.model.importances import Importances, SiteImportances
+from spd_fast.model.masking import Masking
+from spd_fast.model.sites import Site, resolve_sites
+from spd_fast.ops.penalty import Penalty
+from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
+
+__all__ = ["CleanForward", "DecomposedModel"]
+
+
+@dataclass
+class CleanForward:
+    """The target's own forward on a batch.
+
+    Attributes:
+        output: the target's output.
+        inputs: site name → x [..., d_in], the very tensors the modules received.
+        outputs: site name → x Wᵀ + b, in the order in which the sites were called.
+    """
+
+    output: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _key(site: str) -> str:
+    """A site's name inside a ModuleDict, as in the authors' checkpoints."""
+    return site.replace(".", "-")
+
+
+class DecomposedModel(nn.Module):
+    """A target network whose sites are decomposed into rank-one components.
+
+    Only V, U and the causal-importance functions are parameters here. The target stays outside
+    the module tree, frozen (its parameters lose ``requires_grad``) and otherwise untouched.
+
+    Args:
+        target: any ``nn.Module`` with ``nn.Linear`` submodules.
+        sites: dotted module path or glob → number of components C.
+        ci_fn, ci_hidden: causal-importance function and its hidden widths (METHOD: ``mlp``).
+        sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.
+        init: preset of the initialisation of V and U, ``paper`` or ``2026``.
+        delta: whether stochastic masks include the weight delta.
+        seed: of the initialisation.
+        backend: who computes the operations.
+
+    Raises:
+        UserError: a site pattern without match, C < 1, unknown options.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        sites: Mapping[str, int],
+        *,
+        ci_fn: CIFnKind = "mlp",
+        ci_hidden: Sequence[int] = (16,),
+        sigmoid: SigmoidKind = "paper",
+        init: Init = "paper",
+        delta: bool = False,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_sigmoid(sigmoid)
+        object.__setattr__(self, "target", target)
+        self.sites: dict[str, Site] = resolve_sites(target, sites)
+        self.sigmoid: SigmoidKind = sigmoid
+        self.delta = delta
+        self.backend = backend
+        self.components = nn.ModuleDict()
+        self.ci_fns = nn.ModuleDict()
+        generator = torch.Generator().manual_seed(seed)
+        for name, site in self.sites.items():
+            if site.tied_to is None:
+                self.components[_key(name)] = Components(site, init, generator)
+            else:
+                owner = self.components[_key(site.tied_to)]
+                assert isinstance(owner, Components)
+                self.components[_key(name)] = TiedComponents(owner)
+        for name, site in self.sites.items():
+            gate = make_ci_fn(ci_fn, site.components, ci_hidden, generator)
+            self.ci_fns[_key(name)] = gate.to(site.weight.device, site.weight.dtype)
+        target.requires_grad_(False)
+
+    def V(self, site: str) -> Tensor:
+        """V [d_in, C] of a site."""
+        return self.components[_key(site)].V  # type: ignore[return-value]
+
+    def U(self, site: str) -> Tensor:
+        """U [C, d_out] of a site."""
+        return self.components[_key(site)].U  # type: ignore[return-value]
+
+    def ci_fn(self, site: str) -> MLPGate:
+        gate = self.ci_fns[_key(site)]
+        assert isinstance(gate, MLPGate)
+        return gate
+
+    @contextmanager
+    def _forwards(self, forwards: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Let the named modules compute something else, without touching their state."""
+        modules = [(self.target.get_submodule(name), f) for name, f in forwards.items()]
+        try:
+            for module, forward in modules:
+                object.__setattr__(module, "forward", forward)
+            yield
+        finally:
+            for module, _ in modules:
+                module.__dict__.pop("forward", None)
+
+    def clean_forward(self, batch: Any) -> CleanForward:
+        """The target's forward, with every site's input captured by reference (no copy).
+
+        Raises:
+            UserError: a site that is not called, or is called more than once.
+        """
+        clean = CleanForward(output=torch.empty(0))
+
+        def capture(site: Site) -> Callable[[Tensor], Tensor]:
+            def forward(x: Tensor) -> Tensor:
+                if site.name in clean.inputs:
+                    raise UserError(
+                        f"site {site.name!r} is called more than once per forward, which is not "
+                        "supported: leave it out of `sites`"
+                    )
+                clean.inputs[site.name] = x
+                y = clean.outputs[site.name] = F.linear(x, site.weight, site.bias)
+                return y
+
+            return forward
+
+        with torch.no_grad(), self._forwards({n: capture(s) for n, s in self.sites.items()}):
+            clean.output = self.target(batch)
+        if not isinstance(clean.output, Tensor):
+            kind = type(clean.output).__name__
+            raise UserError(f"the target returns a {kind}, need a tensor: wrap it to select one")
+        if missing := [n for n in self.sites if n not in clean.inputs]:
+            raise UserError(f"site {missing[0]!r} is not called in the target's forward")
+        return clean
+
+    def causal_importances(
+        self, clean: CleanForward, penalty: Penalty | None = None
+    ) -> Importances:
+        """Causal importances of every site from the clean forward's site inputs.
+
+        ``penalty`` chooses ψ of the penalty sums; None leaves them zero.
+        """
+        sites = {}
+        positions = 0
+        for name in self.sites:
+            gate, x = self.ci_fn(name), clean.inputs[name]
+            positions = x[..., :1].numel()
+            out = ops.gate(
+                x, self.V(name), gate.weights, gate.biases,
+                sigmoid=self.sigmoid, penalty=penalty, backend=self.backend,
+            )  # fmt: skip
+
+            def upper(inner: Tensor, gate: MLPGate = gate) -> Tensor:
+                flat = inner.reshape(-1, inner.shape[-1])
+                s = ops.gate_logits(flat, gate.weights, gate.biases)
+                return upper_importance(s, self.sigmoid).reshape(inner.shape)
+
+            sites[name] = SiteImportances(*out, upper)
+        return Importances(sites, positions)
+
+    def masked_forward(
+        self,
+        batch: Any,
+        masking: Masking,
+        *,
+        sites: Iterable[str] | None = None,
+        clean: CleanForward | None = None,
+        importances: Importances | None = None,
+    ) -> Tensor:
+        """The target's output with the named sites (all by default) replaced by masked components.
+
+        Every other site keeps its original weight. Given the ``clean`` forward of the same batch,
+        work that cannot differ from it is not done again: sites called before the first masked
+        one return their clean outputs, and that one takes its inner activations from
+        ``importances``.
+
+        Raises:
+            UserError: an unknown site.
+        """
+        names = list(self.sites) if sites is None else list(sites)
+        for name in names:
+            if name not in self.sites:
+                raise UserError(f"unknown site {name!r}; nearest: {nearest(name, self.sites)}")
+        forwards: dict[str, Callable[[Tensor], Tensor]] = {}
+        first = None  # the first masked site sees what it saw in the clean forward
+        if clean is not None:
+            first = next((n for n in clean.outputs if n in names), None)
+            for name in itertools.takewhile(lambda n: n != first, clean.outputs):
+                forwards[name] = lambda _, y=clean.outputs[name]: y
+        for name in names:
+            inner = importances[name].inner if importances is not None and name == first else None
+            forwards[name] = self._masked(self.sites[name], masking, inner)
+        with self._forwards(forwards):
+            return self.target(batch)
+
+    def _masked(
+        self, site: Site, masking: Masking, inner: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        name = site.name
+
+        def forward(x: Tensor) -> Tensor:
+            return ops.component_linear(
+                x, self.V(name), self.U(name), masking.recipe(site),
+                weight=site.weight, bias=site.bias, inner=inner,
+                backend=self.backend, site_name=name,
+            )  # fmt: skip
+
+        return forward
+
+    def faithfulness(self) -> dict[str, Tensor]:
+        """Site name → ‖W − (V U)ᵀ‖²."""
+        return {
+            n: ops.faithfulness(self.V(n), self.U(n), s.weight, backend=self.backend)
+            for n, s in self.sites.items()
+        }

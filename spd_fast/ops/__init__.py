@@ -1,0 +1,33 @@
+"""The operations: mathematics, autograd, validation and dispatch, one file each."""
+
+from spd_fast.ops.component_linear import component_linear
+from spd_fast.ops.divergence import divergence, kl_divergence, mse_divergence
+from spd_fast.ops.faithfulness import faithfulness, weight_delta
+from spd_fast.ops.gate import GateOutput, gate, gate_logits
+from spd_fast.ops.masks import MaskRecipe, materialize_mask
+from spd_fast.ops.penalty import Penalty, penalty_sums
+from spd_fast.ops.random import RandomSource, make_key, philox_4x32, uniform
+from spd_fast.ops.sigmoids import SIGMOIDS, lower_importance, upper_importance
+
+__all__ = [
+    "SIGMOIDS",
+    "GateOutput",
+    "MaskRecipe",
+    "Penalty",
+    "RandomSource",
+    "component_linear",
+    "divergence",
+    "faithfulness",
+    "gate",
+    "gate_logits",
+    "kl_divergence",
+    "lower_importance",
+    "make_key",
+    "materialize_mask",
+    "mse_divergence",
+    "penalty_sums",
+    "philox_4x32",
+    "uniform",
+    "upper_importance",
+    "weight_delta",
+]

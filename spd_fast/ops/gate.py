@@ -1,0 +1,213 @@
+"""The per-component gate: inner activations, causal importances, penalty sums.
+
+    h = x V                                        inner activations
+    z_j = w_j h + β_j,   s = Σ_j o_j GELU(z_j) + β_o   one scalar MLP per component
+    g = lower(s),   g⁺ = upper(s),   S_c = Σ_n ψ(g⁺_nc)
+
+(the paper, §2.4 and appendix A.2; GELU in its exact erf form). Further hidden layers are allowed;
+with none, s = w h + β (the code of the paper at hidden width 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spd_fast import backends
+from spd_fast.ops import _fused
+from spd_fast.ops._library import composite, primitive
+from spd_fast.ops.penalty import Penalty, penalty_sums
+from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, lower_importance, upper_importance
+
+__all__ = ["GateOutput", "gate", "gate_logits"]
+
+
+class GateOutput(NamedTuple):
+    """inner h [..., C], lower g [..., C], penalty_sum S [C]."""
+
+    inner: Tensor
+    lower: Tensor
+    penalty_sum: Tensor
+
+
+def gate_logits(inner: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """s [N, C] from h [N, C]: layer l has W [C, in, out] and b [C, out], in = 1 at the first
+    layer and out = 1 at the last, GELU (erf) between layers."""
+    z = inner.unsqueeze(-1)  # [N, C, in]
+    for index, (W, b) in enumerate(zip(weights, biases, strict=True)):
+        if index:
+            z = F.gelu(z)
+        if W.shape[1] == 1:
+            z = z * W[:, 0] + b
+        else:
+            z = torch.einsum("nci,cio->nco", z, W) + b
+    return z.squeeze(-1)
+
+
+@composite(
+    "gate(Tensor x, Tensor V, Tensor[] weights, Tensor[] biases, str sigmoid, str penalty, "
+    "float power, float eps) -> (Tensor, Tensor, Tensor)"
+)
+def _reference(
+    x: Tensor,
+    V: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    sigmoid: SigmoidKind,
+    penalty: Any,
+    power: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner = x @ V
+    logits = gate_logits(inner, weights, biases)
+    sums = penalty_sums(upper_importance(logits, sigmoid), Penalty(penalty, power, eps))
+    return inner, lower_importance(logits, sigmoid), sums
+
+
+_FORWARD_ARGUMENTS = (
+    "Tensor x, Tensor V, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
+    "str sigmoid, str penalty, float power, float eps"
+)
+
+
+def _component_major(like: Tensor, rows: int, columns: int) -> Tensor:
+    return like.new_empty(columns, rows).t()
+
+
+@primitive(f"gate_forward({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def _(
+    x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape[0], V.shape[1]
+    return (
+        _component_major(x, rows, columns),
+        _component_major(x, rows, columns),
+        x.new_empty(columns),
+    )
+
+
+@primitive(
+    "gate_backward(Tensor? grad_inner, Tensor? grad_lower, Tensor? grad_penalty, Tensor x, "
+    "Tensor V, Tensor inner, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, str sigmoid, "
+    "str penalty, float power, float eps, bool need_grad_x) -> "
+    "(Tensor?, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _(
+    grad_inner: Tensor | None,
+    grad_lower: Tensor | None,
+    grad_penalty: Tensor | None,
+    x: Tensor,
+    V: Tensor,
+    inner: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    sigmoid: str,
+    penalty: str,
+    power: float,
+    eps: float,
+    need_grad_x: bool,
+) -> tuple[Tensor | None, ...]:
+    grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in
+             (V, w_in, b_in, w_out, b_out))  # fmt: skip
+    return (torch.empty_like(x) if need_grad_x else None, *grads)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+        sigmoid: str, penalty: str, power: float, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.options = (sigmoid, penalty, power, eps)
+        inner, lower, sums = torch.ops.spd_fast.gate_forward(
+            x, V, w_in, b_in, w_out, b_out, *ctx.options
+        )
+        ctx.save_for_backward(x, V, inner, w_in, b_in, w_out, b_out)
+        return inner, lower, sums
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_inner: Tensor | None, grad_lower: Tensor | None, grad_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_inner is None and grad_lower is None and grad_sums is None:
+            return (None,) * 10
+        grads = torch.ops.spd_fast.gate_backward(
+            grad_inner, grad_lower, grad_sums, *ctx.saved_tensors, *ctx.options,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return (*grads, None, None, None, None)
+
+
+def _unsupported(
+    backend: str, x: Tensor, weights: Sequence[Tensor], sigmoid: SigmoidKind
+) -> str | None:
+    if len(weights) > 2:
+        return f"its gates have one hidden layer, not {len(weights) - 1}"
+    if sigmoid not in ("paper", "2026"):
+        return f"its sigmoids are 'paper' and '2026', not {sigmoid!r}"
+    return _fused.unsupported_dtype(backend, x)
+
+
+def gate(
+    x: Tensor,
+    V: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    sigmoid: SigmoidKind,
+    penalty: Penalty | None = None,
+    backend: str | None = None,
+) -> GateOutput:
+    """Inner activations, lower importances and penalty sums of one site.
+
+    Args:
+        x: site inputs [..., d_in]. V: [d_in, C].
+        weights, biases: the per-component MLP, layer by layer: W [C, in, out], b [C, out];
+            in = 1 at the first layer and out = 1 at the last.
+        sigmoid: preset of the pair of leaky sigmoids.
+        penalty: ψ of the penalty sums; None leaves them zero.
+
+    Raises:
+        ValueError: shapes that do not fit. UserError: unknown sigmoid or backend.
+    """
+    check_sigmoid(sigmoid)
+    if x.shape[-1] != V.shape[0]:
+        raise ValueError(f"V has d_in {V.shape[0]} but x has {x.shape[-1]} columns")
+    components = V.shape[1]
+    width = 1
+    for index, (W, b) in enumerate(zip(weights, biases, strict=True)):
+        if W.ndim != 3 or W.shape[:2] != (components, width) or b.shape != (components, W.shape[2]):
+            raise ValueError(
+                f"gate layer {index}: need W [{components}, {width}, out] and b [{components}, "
+                f"out], got {tuple(W.shape)} and {tuple(b.shape)}"
+            )
+        width = W.shape[2]
+    if width != 1 or not weights:
+        raise ValueError(f"the gate's last layer must have one output, got {width}")
+    penalty = penalty or Penalty()
+    rows = x.reshape(-1, x.shape[-1])
+    chosen = backends.resolve(
+        backend, x.device, "gate", lambda name: _unsupported(name, x, weights, sigmoid)
+    )
+    options = (sigmoid, penalty.kind, penalty.power, penalty.eps)
+    if chosen == "reference":
+        out = torch.ops.spd_fast.gate(rows, V, list(weights), list(biases), *options)
+    else:
+        _fused.load(chosen)
+        if len(weights) == 1:  # linear gate: the fused kernels know it as hidden width 0
+            w_in = b_in = V.new_empty(components, 0)
+        else:
+            w_in, b_in = weights[0][:, 0], biases[0]
+        out = _Gate.apply(rows, V, w_in, b_in, weights[-1][:, :, 0], biases[-1][:, 0], *options)
+    inner, lower, sums = out
+    if x.ndim != 2:
+        shape = (*x.shape[:-1], components)
+        inner, lower = inner.reshape(shape), lower.reshape(shape)
+    return GateOutput(inner, lower, sums)

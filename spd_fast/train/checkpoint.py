@@ -1,0 +1,121 @@
+"""Checkpoints: written aside, flushed, renamed; the last k kept. A kill at any moment leaves the
+previous one whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from spd_fast.errors import UserError
+
+__all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint", "write_bytes"]
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """``step`` is the next one to run; tensors by name; ``run`` identifies the configuration."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    run: str
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file aside, flush it to the disk, and rename it into place."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with aside.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write ``folder/step_N``, then remove all but the newest ``keep``.
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{checkpoint.step}"
+    aside = folder / f".step_{checkpoint.step}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        write_bytes(aside / "model.safetensors", save(checkpoint.model))
+        write_bytes(aside / "optimizer.safetensors", save(checkpoint.optimizer))
+        state = {"format": FORMAT, "step": checkpoint.step, "run": checkpoint.run}
+        write_bytes(aside / "state.json", json.dumps(state).encode())
+        _sync_folder(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if p.name.startswith("step_") and p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint below ``folder``, or None."""
+    numbered = _numbered(folder)
+    return numbered[-1] if numbered else None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint.
+
+    Raises:
+        UserError: truncated, incomplete, or not a checkpoint of this program.
+    """
+    advice = "remove that folder to resume from the one before it"
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {state.get('format')!r}, need {FORMAT}; {advice}"
+            )
+        return Checkpoint(
+            int(state["step"]),
+            load_file(path / "model.safetensors"),
+            load_file(path / "optimizer.safetensors"),
+            str(state["run"]),
+        )
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); {advice}") from None

@@ -1,0 +1,266 @@
+"""Typed configuration of a run. Unknown keys are errors that name the nearest valid one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spd_fast.errors import UserError, nearest
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "LossConfig",
+    "MinimalityConfig",
+    "ResidMLPTarget",
+    "TMSTarget",
+    "TrainConfig",
+    "WarmUpConfig",
+    "load_config",
+    "parse_config",
+    "set_keys",
+]
+
+# What a preset decides. `paper`: the code that made the figures of arXiv 2506.20790.
+# `2026`: the authors' later torch version.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "sigmoid": "paper",
+        "init": "paper",
+        "delta": False,
+        "lr_schedule": "quarter_cosine",
+        "warm_up": {"steps": 0},
+        "losses": {"faithfulness": 1.0},
+    },
+    "2026": {
+        "sigmoid": "2026",
+        "init": "2026",
+        "delta": True,
+        "lr_schedule": "cosine",
+        "warm_up": {"steps": 200, "lr": 0.01, "weight_decay": 0.1},
+        "losses": {"faithfulness": 0.0},
+    },
+}
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class TMSTarget(_Strict):
+    """A toy model of superposition, trained by the run itself unless ``path`` is given."""
+
+    kind: Literal["tms"] = "tms"
+    features: Count
+    hidden: Count
+    identity_layers: Annotated[int, Field(ge=0)] = 0
+    zero_bias: bool = False
+    probability: Fraction = 0.05
+    steps: Count = 10_000
+    batch_size: Count = 1024
+    lr: Positive = 5e-3
+    weight_decay: NonNegative = 0.01
+    path: str | None = None
+
+
+class ResidMLPTarget(_Strict):
+    """A residual MLP, trained by the run itself unless ``path`` is given."""
+
+    kind: Literal["resid_mlp"] = "resid_mlp"
+    features: Count
+    d_embed: Count = 1000
+    d_mlp: Count
+    layers: Count
+    probability: Fraction = 0.01
+    steps: Count = 1000
+    batch_size: Count = 2048
+    lr: Positive = 3e-3
+    weight_decay: NonNegative = 0.01
+    path: str | None = None
+
+
+class MinimalityConfig(_Strict):
+    """coeff · Σ_c mean (g⁺ + eps)^p; p moves linearly to ``p_final`` between two fractions of
+    the run."""
+
+    coeff: NonNegative
+    p: Positive
+    p_final: Positive | None = None
+    p_anneal_start: Fraction = 0.0
+    p_anneal_end: Fraction = 1.0
+    eps: NonNegative = 1e-12
+
+    def p_at(self, fraction: float) -> float:
+        """p after this fraction of the steps."""
+        if self.p_final is None:
+            return self.p
+        width = self.p_anneal_end - self.p_anneal_start
+        done = (fraction - self.p_anneal_start) / width if width > 0 else math.inf
+        return self.p + (self.p_final - self.p) * min(max(done, 0.0), 1.0)
+
+
+class LossConfig(_Strict):
+    """Coefficients of the losses; 0 leaves one out."""
+
+    faithfulness: NonNegative
+    stochastic_recon: NonNegative = 1.0
+    stochastic_recon_layerwise: NonNegative = 1.0
+    importance_minimality: MinimalityConfig
+
+    def coefficients(self) -> dict[str, float]:
+        """Name → coefficient of every loss that takes part."""
+        everything = {
+            "faithfulness": self.faithfulness,
+            "stochastic_recon": self.stochastic_recon,
+            "stochastic_recon_layerwise": self.stochastic_recon_layerwise,
+            "importance_minimality": self.importance_minimality.coeff,
+        }
+        return {name: c for name, c in everything.items() if c > 0}
+
+
+class WarmUpConfig(_Strict):
+    """Faithfulness warm-up: AdamW on V and U alone, its moments then discarded."""
+
+    steps: Annotated[int, Field(ge=0)]
+    lr: Positive = 0.01
+    weight_decay: NonNegative = 0.0
+
+
+class TrainConfig(_Strict):
+    """What the :class:`~spd_fast.train.Trainer` needs."""
+
+    losses: LossConfig
+    divergence: Literal["mse", "kl"] = "mse"
+    draws: Count = 1
+    steps: Count
+    batch_size: Count
+    lr: Positive
+    lr_schedule: Literal["constant", "quarter_cosine", "cosine"]
+    warm_up: WarmUpConfig
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    log_every: Count = 100
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = 2
+
+
+class Config(TrainConfig):
+    """A whole run: target, sites, model and training."""
+
+    name: str
+    preset: Literal["paper", "2026"]
+    target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
+    sites: Annotated[dict[str, Count], Field(min_length=1)]
+    ci_fn: Literal["mlp", "linear"] = "mlp"
+    ci_hidden: tuple[Count, ...] = (16,)
+    sigmoid: Literal["paper", "2026", "hard", "normal"]
+    init: Literal["paper", "2026"]
+    delta: bool
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        preset = PRESETS.get(data.get("preset")) if isinstance(data, dict) else None
+        return data if preset is None else _merge(preset, data)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    """Valid keys of the (nested) configuration object at ``path``."""
+    targets = {"tms": TMSTarget, "resid_mlp": ResidMLPTarget}
+    model: Any = Config
+    for key in path:
+        if key in targets:
+            model = targets[key]
+            continue
+        field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
+        model = field.annotation if field is not None else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = tuple(first["loc"])
+    name = ".".join(str(p) for p in path if p not in ("tms", "resid_mlp")) or "configuration"
+    if first["type"] == "extra_forbidden":
+        close = nearest(str(path[-1]), _fields_at(path[:-1]), n=1)
+        return f"unknown key {name!r}; nearest valid key: {close}"
+    if first["type"] == "missing":
+        return f"missing key {name!r}"
+    given = first.get("input")
+    shown = "" if isinstance(given, Mapping) else f", got {given!r}"
+    return f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{shown}"
+
+
+def parse_config(data: Any) -> Config:
+    """Validate a mapping.
+
+    Raises:
+        UserError: one line naming the key, what was given, and what is needed.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"a configuration is a mapping of keys, got {type(data).__name__}")
+    try:
+        return Config.model_validate(dict(data))
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, loaded without executing anything it names."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not plain YAML: {reason}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} does not hold a mapping of keys")
+    return data
+
+
+def set_keys(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """``data`` with dotted ``key=value`` assignments applied; values are YAML scalars or lists."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set needs key=value, got {assignment!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: the value {text!r} is not plain YAML") from None
+        change: Any = value
+        parts = _site_aware_split(key)
+        for part in reversed(parts):
+            change = {part: change}
+        data = _merge(data, change)
+    return data
+
+
+def _site_aware_split(key: str) -> list[str]:
+    # Site names hold dots themselves: everything after `sites.` is one name.
+    if key.startswith("sites."):
+        return ["sites", key[len("sites.") :]]
+    return key.split(".")
