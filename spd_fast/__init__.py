@@ -24,7 +24,7 @@ _HOME = {
 }
 _SUBMODULES = ("backends", "evaluate", "losses", "model", "ops", "report", "targets", "train")
 
-__all__ = ["__version__", *_HOME, *_SUBMODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from spd_fast.errors import UserError, nearest
 
-__all__ = ["BACKENDS", "check_backend", "resolve", "unavailable_reason"]
+__all__ = ["BACKENDS", "check_backend", "name_for", "resolve", "unavailable_reason"]
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SPD_FAST_BACKEND"
@@ -105,3 +105,8 @@ def _say_once(operation: str, reason: str) -> None:
     # Under torch.compile the reference is what the user wants to trace: nothing to say there.
     if not torch.compiler.is_compiling():
         warnings.warn(f"{operation} runs on the reference backend ({reason})", stacklevel=4)
+
+
+def name_for(backend: str | None, device: torch.device) -> str:
+    """What ``backend`` comes to on ``device`` for cases that every backend supports."""
+    return resolve(backend, device, "run", lambda _: None)

@@ -36,7 +36,6 @@ class Scratch {
     const int64_t bytes = round_up(count * int64_t(sizeof(T)) + 64, 64);
     data_ = static_cast<T*>(std::aligned_alloc(64, size_t(bytes)));
     if (!data_) throw std::bad_alloc();
-    end_ = data_ + count;
     next_ = data_;
   }
   ~Scratch() { std::free(data_); }
@@ -56,7 +55,7 @@ class Scratch {
   }
 
  private:
-  T *data_, *next_, *end_;
+  T *data_, *next_;
 };
 
 // The rows of one block.

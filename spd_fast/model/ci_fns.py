@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -39,7 +40,7 @@ class MLPGate(nn.Module):
         super().__init__()
         widths = [1, *hidden, 1]
         layers = {}
-        for i, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
             head = i == len(widths) - 2
             std = (1.0 if head else 2.0**0.5) / d_in**0.5
             layers[str(2 * i)] = _ParallelLinear(components, d_in, d_out, std, generator)

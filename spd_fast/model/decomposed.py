@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,13 @@ class DecomposedModel(nn.Module):
         object.__setattr__(self, "target", target)
         self.sites: dict[str, Site] = resolve_sites(target, sites)
         self.sigmoid: SigmoidKind = sigmoid
+        self.options: dict[str, Any] = {
+            "ci_fn": ci_fn,
+            "ci_hidden": list(ci_hidden),
+            "sigmoid": sigmoid,
+            "init": init,
+            "delta": delta,
+        }
         self.delta = delta
         self.backend = backend
         self.components = nn.ModuleDict()
@@ -228,6 +236,25 @@ class DecomposedModel(nn.Module):
             )  # fmt: skip
 
         return forward
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write V, U and the importance functions (never the target) into ``folder``."""
+        from spd_fast.model.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path, target: nn.Module, *, backend: str | None = None
+    ) -> DecomposedModel:
+        """What :meth:`save_pretrained` wrote, on the same target.
+
+        Raises:
+            UserError: nothing readable there, or a target with other weights.
+        """
+        from spd_fast.model.pretrained import load_pretrained
+
+        return load_pretrained(folder, target, backend=backend)
 
     def faithfulness(self) -> dict[str, Tensor]:
         """Site name → ‖W − (V U)ᵀ‖²."""

@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
 from spd_fast.targets.data import SparseFeatures
 from spd_fast.targets.resid_mlp import ResidMLP, train_resid_mlp
 from spd_fast.targets.tms import TMS, train_tms
-from spd_fast.train.checkpoint import write_bytes
 from spd_fast.train.config import ResidMLPTarget, TMSTarget
 
 __all__ = ["feature_data", "load_target", "make_target", "save_target", "train_target"]

@@ -4,7 +4,6 @@ previous one whole."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from spd_fast._files import sync_folder, write_bytes
 from spd_fast.errors import UserError
 
-__all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint", "write_bytes"]
+__all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 FORMAT = 1
 
@@ -29,28 +29,6 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     run: str
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -69,10 +47,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         write_bytes(aside / "optimizer.safetensors", save(checkpoint.optimizer))
         state = {"format": FORMAT, "step": checkpoint.step, "run": checkpoint.run}
         write_bytes(aside / "state.json", json.dumps(state).encode())
-        _sync_folder(aside)
+        sync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

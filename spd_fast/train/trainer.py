@@ -109,9 +109,7 @@ class Trainer:
             penalty = Penalty("lp", minimality.p_at(index / config.steps), minimality.eps)
         importances = self.model.causal_importances(clean, penalty)
         key = make_key(config.seed, index, self.device)
-        return Step(
-            self.model, batch, clean, importances, key, config.divergence, config.draws
-        )
+        return Step(self.model, batch, clean, importances, key, config.divergence, config.draws)
 
     def warm_up(self) -> None:
         """Faithfulness alone, on V and U; its optimiser's moments are then forgotten."""

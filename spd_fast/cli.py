@@ -1,0 +1,144 @@
+"""The command line: ``spd-fast`` or ``python -m spd_fast``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from spd_fast.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="spd-fast",
+    help="Stochastic Parameter Decomposition: find a network's mechanisms.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME-seedSEED.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda.")]
+Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
+# Typer reads annotations at import: X | None needs no future import from Python 3.10 on.
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="An experiment's name, or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Further settings.")
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+    backend: Backend = None,
+    seed: Annotated[int | None, typer.Option(help="Of target, components and masks.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Decompose a network, evaluate the result and write a report."""
+    from spd_fast import experiments
+    from spd_fast.report import results_table, write_report
+    from spd_fast.train import parse_config, set_keys
+
+    changes = [*(assignments or []), *(overrides or [])]
+    changes += [f"{k}={v}" for k, v in (("seed", seed), ("steps", steps)) if v is not None]
+    config = parse_config(set_keys(experiments.recipe(experiment), changes))
+    folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
+    finished = experiments.run(
+        config, folder, device=device, backend=backend, resume=resume, quiet=quiet
+    )
+    report_path = write_report(finished)
+    print(results_table([finished.evaluation()]))
+    print(f"report: {report_path}")
+
+
+@app.command("list")
+def list_experiments() -> None:
+    """Show the experiments that ship with spd_fast."""
+    from spd_fast.experiments import recipes
+
+    width = max(map(len, recipes()))
+    for name, description in recipes().items():
+        print(f"{name.ljust(width)}  {description}")
+
+
+@app.command("eval")
+def evaluate(folder: Folder, device: Device = None, backend: Backend = None) -> None:
+    """Evaluate a finished run again and print eval.json."""
+    import json
+
+    from spd_fast.experiments import evaluate_run, load_run
+
+    print(json.dumps(evaluate_run(load_run(folder, device=device, backend=backend)), indent=2))
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Draw a finished run's figures and report again."""
+    from spd_fast.experiments import load_run
+    from spd_fast.report import write_report
+
+    print(write_report(load_run(folder, device="cpu")))
+
+
+@app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Finished runs.")],
+    markdown: Annotated[bool, typer.Option(help="For a document.")] = False,
+) -> None:
+    """Print the paper's Table 1 next to these runs."""
+    from spd_fast.experiments.runs import read_evaluation
+    from spd_fast.report import results_table
+
+    print(results_table([read_evaluation(folder) for folder in folders], markdown=markdown))
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, device and usable backends, and try each of them."""
+    from spd_fast.doctor import examine
+
+    sys.exit(examine())
+
+
+def _warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    print(f"spd-fast: note: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: exit status 0, or 2 with one line for a mistake of the user's."""
+    warnings.showwarning = _warn  # type: ignore[assignment]
+    try:
+        status = app(arguments, standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        _fail(f"{error.format_message()} (see `spd-fast --help`)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; `--resume` continues from the last checkpoint", 130)
+    except BrokenPipeError:  # the reader of our output went away: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error}; checkpoints written before are kept, `--resume` continues", 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"spd-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

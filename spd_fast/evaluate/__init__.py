@@ -1,0 +1,25 @@
+"""Evaluation: weights, importances, reconstruction, and the ground truth of toy targets."""
+
+from spd_fast.evaluate.ground_truth import (
+    Expected,
+    dense_error,
+    identity_error,
+    live_components,
+    probe_importances,
+    represented_features,
+)
+from spd_fast.evaluate.reconstruction import importance_l0, reconstruction
+from spd_fast.evaluate.weights import WeightMatch, match_weights
+
+__all__ = [
+    "Expected",
+    "WeightMatch",
+    "dense_error",
+    "identity_error",
+    "importance_l0",
+    "live_components",
+    "match_weights",
+    "probe_importances",
+    "reconstruction",
+    "represented_features",
+]

@@ -1,0 +1,114 @@
+"""The ground-truth check: do the importances single out the known mechanisms?
+
+Probe the model with 0.75 · one-hot of every feature and look at the lower importances
+[features, C] of each site. Thresholds as in the authors' 2026 code: on means ≥ 0.9, off ≤ 0.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from spd_fast.model import DecomposedModel
+
+__all__ = [
+    "OFF",
+    "ON",
+    "Expected",
+    "dense_error",
+    "identity_error",
+    "live_components",
+    "permute_dense",
+    "permute_identity",
+    "probe_importances",
+    "represented_features",
+]
+
+PROBE = 0.75
+ON, OFF = 0.9, 0.1
+Matrix = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a recovered site looks like: n components, one a feature (``identity``), or k that
+    act together (``dense``)."""
+
+    pattern: Literal["identity", "dense"]
+    components: int
+
+    def error(self, importances: Matrix) -> int:
+        """Number of entries that contradict the pattern; 0 is recovered."""
+        if self.pattern == "identity":
+            return identity_error(importances, self.components)
+        return dense_error(importances, self.components)
+
+    def permute(self, importances: Matrix) -> NDArray[np.intp]:
+        """Order of the columns that shows the pattern."""
+        if self.pattern == "identity":
+            return permute_identity(importances)
+        return permute_dense(importances)
+
+
+def probe_importances(model: DecomposedModel, features: int) -> dict[str, Matrix]:
+    """Site → lower importances [features, C] of the single-feature probes."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        clean = model.clean_forward(torch.eye(features, device=device) * PROBE)
+        importances = model.causal_importances(clean)
+        return {name: site.lower.cpu().numpy() for name, site in importances.items()}
+
+
+def permute_identity(importances: Matrix) -> NDArray[np.intp]:
+    """Columns ordered so that the optimal assignment (Hungarian algorithm, largest total
+    importance) lies on the diagonal; unassigned columns follow in descending mass."""
+    rows, columns = linear_sum_assignment(-importances)
+    assigned = columns[np.argsort(rows)]
+    rest = np.setdiff1d(np.arange(importances.shape[1]), assigned)
+    rest = rest[np.argsort(-importances[:, rest].sum(axis=0), kind="stable")]
+    return np.concatenate([assigned, rest])
+
+
+def permute_dense(importances: Matrix) -> NDArray[np.intp]:
+    """Columns in descending mass."""
+    return np.argsort(-importances.sum(axis=0), kind="stable")
+
+
+def identity_error(importances: Matrix, n: int) -> int:
+    """#(off-diagonal > 0.1) + #(diagonal < 0.9) after :func:`permute_identity`.
+
+    With fewer than n rows or columns the missing diagonal entries count as errors.
+    """
+    ordered = importances[:, permute_identity(importances)]
+    diagonal = np.eye(*ordered.shape, dtype=bool)
+    missing = max(n - min(ordered.shape), 0)
+    off = int((ordered[~diagonal] > OFF).sum())
+    return off + int((ordered[diagonal] < ON).sum()) + missing
+
+
+def dense_error(importances: Matrix, k: int) -> int:
+    """Of the columns in descending mass: each of the first k without a value ≥ 0.9 counts one, in
+    the rest every value > 0.1 counts one."""
+    ordered = importances[:, permute_dense(importances)]
+    weak = int((ordered[:, :k] < ON).all(axis=0).sum()) + max(k - ordered.shape[1], 0)
+    return weak + int((ordered[:, k:] > OFF).sum())
+
+
+def live_components(importances: Matrix) -> int:
+    """Components that exceed 0.1 on at least one probe."""
+    return int((importances > OFF).any(axis=0).sum())
+
+
+def represented_features(model: DecomposedModel, features: int) -> list[bool]:
+    """Which features the *target* itself represents: going from nothing to the probe must move
+    the feature's own output by more than a third of the probe."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        probes = torch.eye(features, device=device) * PROBE
+        response = model.target(probes).diagonal() - model.target(torch.zeros_like(probes))[0]
+    return (response > PROBE / 3).tolist()

@@ -1,0 +1,302 @@
+"""A run: from a configuration to a folder that holds everything about it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import spd_fast
+from spd_fast import backends, targets
+from spd_fast._files import write_bytes
+from spd_fast.errors import UserError
+from spd_fast.evaluate import (
+    importance_l0,
+    live_components,
+    match_weights,
+    probe_importances,
+    reconstruction,
+    represented_features,
+)
+from spd_fast.experiments.recipes import expected_sites
+from spd_fast.model import DecomposedModel
+from spd_fast.train import Config, Trainer, load_config, parse_config
+from spd_fast.train.progress import Progress
+from spd_fast.train.trainer import ACTIVE_THRESHOLD
+
+__all__ = [
+    "Run",
+    "check_device",
+    "environment",
+    "evaluate_run",
+    "load_run",
+    "read_evaluation",
+    "run",
+]
+
+EVALUATION_BATCH = 8192
+
+
+@dataclass
+class Run:
+    """A run's folder, opened."""
+
+    folder: Path
+    config: Config
+    model: DecomposedModel
+
+    @property
+    def target(self) -> nn.Module:
+        return self.model.target
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def evaluation(self) -> dict[str, Any]:
+        """What eval.json holds."""
+        return read_evaluation(self.folder)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """A run's eval.json.
+
+    Raises:
+        UserError: absent or unreadable.
+    """
+    try:
+        return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no finished run ({reason})") from None
+
+
+def check_device(device: str | None, backend: str | None) -> torch.device:
+    """The device to compute on: the one asked for, else CUDA where there is one.
+
+    Raises:
+        UserError: an unknown or absent device, or a backend that cannot run on it.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not supported; use cpu or cuda")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} devices")
+    backends.check_backend(backend, chosen)
+    return chosen
+
+
+def _target_folder(config: Config) -> Path | None:
+    return None if config.target.path is None else Path(config.target.path)
+
+
+def _check_out(out: Path, config: Config, resume: bool) -> None:
+    """Raise UserError unless ``out`` can take this run; nothing is written."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    held = out / "config.yaml"
+    if held.exists():
+        if load_config(held) != json.loads(config.model_dump_json()):
+            raise UserError(f"{out} already holds a different run; choose another --out")
+        if not resume:
+            raise UserError(f"{out} already holds this run; pass --resume to continue it")
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run; choose another --out")
+
+
+def run(
+    config: Config,
+    out: Path,
+    *,
+    device: str | None = None,
+    backend: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    say: Callable[[str], None] = print,
+) -> Run:
+    """Decompose: target, training, evaluation, into ``out``. Everything that can be wrong with
+    the input is found before anything is written.
+
+    Raises:
+        UserError: bad input; one line.
+    """
+    chosen = check_device(device, backend)
+    _check_out(out, config, resume)
+    given = _target_folder(config)
+    rehearsal = (
+        targets.make_target(config.target, config.seed)
+        if given is None
+        else targets.load_target(config.target, given)
+    )
+    _decompose(config, rehearsal, backend)
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes(out / "config.yaml", config.to_yaml().encode())
+    write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
+    if given is not None:
+        target = rehearsal
+    else:
+        target = _trained_target(config, out / "target", quiet)
+    if given is not None or not (out / "target" / "config.json").exists():
+        targets.save_target(target, config.target, out / "target")
+    model = _decompose(config, target.to(chosen), backend)
+    trainer = Trainer(model, config, _batches(config, chosen), out=out, quiet=quiet)
+    if resume and trainer.resume() and not quiet:
+        say(f"resuming at step {trainer.step} of {config.steps}")
+    trainer.fit()
+    model.save_pretrained(out)
+    finished = Run(out, config, model)
+    evaluate_run(finished)
+    return finished
+
+
+def _batches(config: Config, device: torch.device) -> targets.SparseFeatures:
+    return targets.feature_data(
+        config.target, config.batch_size, config.seed, "decompose", str(device)
+    )
+
+
+def _decompose(config: Config, target: nn.Module, backend: str | None) -> DecomposedModel:
+    return DecomposedModel(
+        target,
+        config.sites,
+        ci_fn=config.ci_fn,
+        ci_hidden=config.ci_hidden,
+        sigmoid=config.sigmoid,
+        init=config.init,
+        delta=config.delta,
+        seed=config.seed,
+        backend=backend,
+    )
+
+
+def _trained_target(config: Config, folder: Path, quiet: bool) -> nn.Module:
+    """The run's own target: loaded where it was trained already, trained and saved otherwise."""
+    if (folder / "config.json").exists():
+        return targets.load_target(config.target, folder)
+    with Progress("train target", config.target.steps, quiet=quiet) as progress:
+        target, losses = targets.train_target(
+            config.target, config.seed, lambda done: progress.update(done, "training the target")
+        )
+    targets.save_target(target, config.target, folder)
+    write_bytes(folder / "losses.json", json.dumps(losses).encode())
+    return target
+
+
+def load_run(folder: Path, *, device: str | None = None, backend: str | None = None) -> Run:
+    """Open a finished run's folder.
+
+    Raises:
+        UserError: not a run, or not finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} holds no run (no config.yaml)")
+    config = parse_config(load_config(folder / "config.yaml"))
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"the run in {folder} is not finished: continue it with `run … --resume`")
+    chosen = check_device(device, backend)
+    target = targets.load_target(config.target, folder / "target").to(chosen)
+    return Run(folder, config, DecomposedModel.from_pretrained(folder, target, backend=backend))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for env.json."""
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "spd_fast": spd_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": sys.argv[1:],
+    }
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Evaluate the run's model against the known mechanisms and write eval.json."""
+    config, model = run.config, run.model
+    device = next(model.parameters()).device
+    features = config.target.features
+    batch = targets.feature_data(
+        config.target, EVALUATION_BATCH, config.seed, "evaluate", str(device)
+    )(0)
+    probes = probe_importances(model, features)
+    expected = expected_sites(config)
+    l0 = importance_l0(model, batch, ACTIVE_THRESHOLD)
+    unfaithful = model.faithfulness()
+    sites: dict[str, dict[str, Any]] = {}
+    for name, site in model.sites.items():
+        match = match_weights(model.V(name), model.U(name), site.weight)
+        known = expected.get(name)
+        sites[name] = {
+            "mmcs": match.mmcs,
+            "mmcs_std": match.cosine.std(correction=0).item(),
+            "ml2r": match.ml2r,
+            "ml2r_std": match.ratio.std(correction=0).item(),
+            "components": site.components,
+            "live_components": live_components(probes[name]),
+            "expected": None if known is None else [known.pattern, known.components],
+            "ci_error": None if known is None else known.error(probes[name]),
+            "l0": l0[name],
+            "faithfulness": (unfaithful[name] / site.weight.numel()).item(),
+            "relative_error": (unfaithful[name].sqrt() / site.weight.norm()).item(),
+        }
+    represented = represented_features(model, features)
+    metrics = run.metrics()
+    steps = [0, *(m["step"] for m in metrics)]
+    milliseconds = (
+        (b - a) * m["ms_per_step"] for (a, b), m in zip(pairwise(steps), metrics, strict=True)
+    )
+    seconds = sum(milliseconds) / 1e3
+    checked = [s["ci_error"] for s in sites.values() if s["ci_error"] is not None]
+    result = {
+        "name": config.name,
+        "recovered": bool(checked) and all(error == 0 for error in checked),
+        "target_represents_all_features": all(represented),
+        "features_not_represented": [i for i, ok in enumerate(represented) if not ok],
+        "sites": sites,
+        "reconstruction": reconstruction(model, batch, config.divergence, config.seed),
+        "steps": metrics[-1]["step"] if metrics else 0,
+        "seconds": seconds,
+        "ms_per_step": 1e3 * seconds / max(steps[-1], 1),
+        "peak_memory_mb": _peak_memory_mb(device),
+        "backend": backends.name_for(model.backend, device),
+        "device": str(device),
+        "seed": config.seed,
+    }
+    write_bytes(run.folder / "eval.json", (json.dumps(result, indent=2) + "\n").encode())
+    return result

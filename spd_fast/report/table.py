@@ -1,0 +1,55 @@
+"""The paper's Table 1 beside ours, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["PAPER", "results_table"]
+
+# arXiv 2506.20790, table 1: experiment → (MMCS ±, ML2R ±), on linear1, over features of one run.
+PAPER: dict[str, tuple[str, str]] = {
+    "tms_5-2": ("1.000 ± .000", "0.993 ± .002"),
+    "tms_40-10": ("1.000 ± .000", "1.010 ± .007"),
+    "tms_5-2-id": ("1.000 ± .000", "0.992 ± .010"),
+    "tms_40-10-id": ("1.000 ± .000", "1.031 ± .001"),
+}
+HEADER = (
+    "experiment", "seed", "recovered", "MMCS paper", "MMCS ours", "ML2R paper", "ML2R ours",
+    "live", "steps", "time",
+)  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _row(evaluation: dict[str, Any]) -> tuple[str, ...]:
+    name, sites = evaluation["name"], evaluation["sites"]
+    paper_mmcs, paper_ml2r = PAPER.get(name, ("—", "—"))
+    first = sites.get("linear1") if name in PAPER else None
+    if first is None:
+        mmcs = ml2r = "—"
+    else:
+        mmcs = f"{first['mmcs']:.4f} ± {first['mmcs_std']:.4f}"
+        ml2r = f"{first['ml2r']:.3f} ± {first['ml2r_std']:.3f}"
+    recovered = "yes" if evaluation["recovered"] else "no"
+    if not evaluation["target_represents_all_features"]:
+        recovered = "target incomplete"
+    live = " ".join(f"{s['live_components']}/{s['components']}" for s in sites.values())
+    return (
+        name, str(evaluation["seed"]), recovered, paper_mmcs, mmcs, paper_ml2r, ml2r, live,
+        str(evaluation["steps"]), _duration(evaluation["seconds"]),
+    )  # fmt: skip
+
+
+def results_table(evaluations: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
+    """One row a run: paper and ours; ``markdown`` for docs."""
+    rows = [HEADER, *(_row(e) for e in evaluations)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
+    rule = ["-" * w for w in widths]
+    if markdown:
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
+    return "\n".join("  ".join(cells).rstrip() for cells in (lines[0], rule, *lines[1:]))
