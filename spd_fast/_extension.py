@@ -1,13 +1,28 @@
-"""The compiled extension, if it is there."""
+"""The compiled module `spd_fast._C`, if this installation has one."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 
 
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    # The extension links against torch's libraries, which importing torch makes findable.
+    import torch  # noqa: F401
+
+    try:
+        return importlib.import_module("spd_fast._C"), None
+    except ImportError as error:
+        return None, f"the C++ extension spd_fast._C cannot be imported: {error}"
+
+
+def module() -> ModuleType | None:
+    """The extension, or None; imported at the first call, not with spd_fast."""
+    return _load()[0]
+
+
 def unavailable_reason() -> str | None:
-    return "not built"
-
-
-def module() -> ModuleType:
-    raise RuntimeError("not built")
+    """Why `module()` is None; None where the extension works."""
+    return _load()[1]

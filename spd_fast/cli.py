@@ -8,12 +8,14 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from spd_fast.errors import UserError
 
 __all__ = ["app", "main"]
+
+# Some versions of typer carry click inside, others import it: this is its base error in both.
+_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="spd-fast",
@@ -125,9 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
         status = app(arguments, standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
-    except click.ClickException as error:
+    except _UsageError as error:
         _fail(f"{error.format_message()} (see `spd-fast --help`)", 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; `--resume` continues from the last checkpoint", 130)
     except BrokenPipeError:  # the reader of our output went away: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

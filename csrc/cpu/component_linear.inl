@@ -1,11 +1,6 @@
 // The masked component sum y = (h * (m - delta)) U + delta' (x W^T) + b and its gradients, with the mask rebuilt from
 // its recipe (lower importance, source or key, delta, routing) wherever it is needed.
 
-template <class T>
-static Key delta_key(const ComponentLinear<T>& a) {
-  return a.key;
-}
-
 // What each row of a block does: its delta where routed (else 0), the factor of x W^T, and whether it is routed.
 template <class T>
 struct RowRecipe {
@@ -100,9 +95,9 @@ static void mask_forward(const MaskPanel<T>& p, int64_t count, int64_t padded, b
   constexpr int64_t lanes = Lanes<T>::count;
   for (int64_t c = 0; c < count; ++c) {
     const T* h = p.inner.data + c * p.inner.stride;
-    const T* lower = p.lower.data + c * p.lower.stride;
-    const T* source = p.source.data + c * p.source.stride;
-    const float* u = p.uniforms + c * kTileStride;
+    const T* lower = shifted(p.lower.data, c * p.lower.stride);
+    const T* source = shifted(p.source.data, c * p.source.stride);
+    const float* u = shifted(p.uniforms, c * kTileStride);
     T* out = a + c * kTileStride;
     for (int64_t n = 0; n < padded; n += lanes) {
       Vec g{}, r{};
@@ -148,14 +143,14 @@ static void mask_backward(const MaskPanel<T>& p, int64_t count, int64_t padded, 
   const Vec one = splat<Vec>(T(1));
   for (int64_t c = 0; c < count; ++c) {
     const T* h_row = p.inner.data + c * p.inner.stride;
-    const T* lower = p.lower.data + c * p.lower.stride;
-    const T* source = p.source.data + c * p.source.stride;
-    const float* u = p.uniforms + c * kTileStride;
+    const T* lower = shifted(p.lower.data, c * p.lower.stride);
+    const T* source = shifted(p.source.data, c * p.source.stride);
+    const float* u = shifted(p.uniforms, c * kTileStride);
     const T* bar_row = a_bar.data + c * a_bar.stride;
-    T* out_inner = out.inner.data + c * out.inner.stride;
-    T* out_lower = out.lower.data + c * out.lower.stride;
-    T* out_source = out.source.data + c * out.source.stride;
-    T* out_a = out.a + c * kTileStride;
+    T* out_inner = shifted(out.inner.data, c * out.inner.stride);
+    T* out_lower = shifted(out.lower.data, c * out.lower.stride);
+    T* out_source = shifted(out.source.data, c * out.source.stride);
+    T* out_a = shifted(out.a, c * kTileStride);
     for (int64_t n = 0; n < padded; n += lanes) {
       Vec g{}, r{};
       if constexpr (kind == kLower || kind == kLowerSource || kind == kLowerKey) g = load<Vec>(lower + n);

@@ -332,8 +332,8 @@ static void gate_backward(const Host<T>& host, const GateBackward<T>& a) {
     if (a.grad_lower) g_lower = strip_in<T>(a.grad_lower, a.rows, r, c0, count, in_scratch + 2 * kGroup * kTileStride);
     for (int64_t c = 0; c < count; ++c)
       gate_strip_backward(a.gate, c0 + c, h.data + c * h.stride,
-                          g_inner.data ? g_inner.data + c * g_inner.stride : nullptr,
-                          g_lower.data ? g_lower.data + c * g_lower.stride : nullptr,
+                          shifted(g_inner.data, c * g_inner.stride),
+                          shifted(g_lower.data, c * g_lower.stride),
                           a.grad_penalty ? a.grad_penalty[c0 + c] : T(0), r, out.data + c * out.stride,
                           layout.at(base, c0 + c, hidden), gate_scratch);
   };

@@ -11,6 +11,9 @@
 #include "../common/penalties.h"
 #include "../common/sigmoids.h"
 
+// Never a function of its own: these headers are compiled once per instruction set.
+#define SPD_METHOD __attribute__((always_inline)) inline
+
 namespace spd {
 
 // A read-only matrix; element (i, j) lies at data[i * row + j * col].
@@ -18,7 +21,7 @@ template <class T>
 struct Matrix {
   const T* data;
   int64_t row, col;
-  Matrix transposed() const { return {data, col, row}; }
+  SPD_METHOD Matrix transposed() const { return {data, col, row}; }
 };
 
 // What the kernels need from their host: a parallel loop, and a matrix product for large sites.
@@ -99,8 +102,8 @@ struct ComponentLinear {
   Matrix<T> weight;       // data null when neither delta nor routing is on
   const T* bias;          // [d_out] or null
   const uint8_t* routed;  // [N] or null
-  bool has_delta() const { return delta || random_delta; }
-  bool mixes_weight() const { return has_delta() || routed; }
+  SPD_METHOD bool has_delta() const { return delta || random_delta; }
+  SPD_METHOD bool mixes_weight() const { return has_delta() || routed; }
 };
 
 // Null outputs are not computed.

@@ -58,6 +58,12 @@ class Scratch {
   T *data_, *next_;
 };
 
+// p + offset, for a pointer that may be null.
+template <class T>
+SPD_HD T* shifted(T* p, int64_t offset) {
+  return p ? p + offset : p;
+}
+
 // The rows of one block.
 struct Rows {
   int64_t begin, count, padded;

@@ -6,7 +6,6 @@ from spd_fast.evaluate.ground_truth import (
     identity_error,
     live_components,
     probe_importances,
-    represented_features,
 )
 from spd_fast.evaluate.reconstruction import importance_l0, reconstruction
 from spd_fast.evaluate.weights import WeightMatch, match_weights
@@ -21,5 +20,4 @@ __all__ = [
     "match_weights",
     "probe_importances",
     "reconstruction",
-    "represented_features",
 ]

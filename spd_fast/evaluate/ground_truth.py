@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from spd_fast.model import DecomposedModel
+from spd_fast.targets.tms import PROBE
 
 __all__ = [
     "OFF",
@@ -26,10 +27,8 @@ __all__ = [
     "permute_dense",
     "permute_identity",
     "probe_importances",
-    "represented_features",
 ]
 
-PROBE = 0.75
 ON, OFF = 0.9, 0.1
 Matrix = NDArray[np.floating]
 
@@ -102,13 +101,3 @@ def dense_error(importances: Matrix, k: int) -> int:
 def live_components(importances: Matrix) -> int:
     """Components that exceed 0.1 on at least one probe."""
     return int((importances > OFF).any(axis=0).sum())
-
-
-def represented_features(model: DecomposedModel, features: int) -> list[bool]:
-    """Which features the *target* itself represents: going from nothing to the probe must move
-    the feature's own output by more than a third of the probe."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        probes = torch.eye(features, device=device) * PROBE
-        response = model.target(probes).diagonal() - model.target(torch.zeros_like(probes))[0]
-    return (response > PROBE / 3).tolist()

@@ -25,10 +25,10 @@ from spd_fast.evaluate import (
     match_weights,
     probe_importances,
     reconstruction,
-    represented_features,
 )
 from spd_fast.experiments.recipes import expected_sites
 from spd_fast.model import DecomposedModel
+from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config, parse_config
 from spd_fast.train.progress import Progress
 from spd_fast.train.trainer import ACTIVE_THRESHOLD
@@ -275,7 +275,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
             "faithfulness": (unfaithful[name] / site.weight.numel()).item(),
             "relative_error": (unfaithful[name].sqrt() / site.weight.norm()).item(),
         }
-    represented = represented_features(model, features)
+    represented = represented_features(model.target, features, device)
     metrics = run.metrics()
     steps = [0, *(m["step"] for m in metrics)]
     milliseconds = (

@@ -54,7 +54,7 @@ def train_target(
         assert isinstance(config, TMSTarget)
         losses = train_tms(
             model, data, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay,
-            zero_bias=config.zero_bias, seed=seed, progress=progress,
+            zero_bias=config.zero_bias, starts=config.starts, seed=seed, progress=progress,
         )  # fmt: skip
     else:
         assert isinstance(model, ResidMLP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def train_resid_mlp(
     steps: int,
     lr: float,
     weight_decay: float,
-    progress: object = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train ``model`` in place towards x + ReLU(x): MSE, AdamW, half-wave cosine schedule.
 
@@ -77,7 +78,7 @@ def train_resid_mlp(
         optimizer.step()
         if step % max(steps // 100, 1) == 0 or step == steps - 1:
             losses.append(loss.item())
-        if callable(progress):
+        if progress is not None:
             progress(step + 1)
     model.requires_grad_(False)
     return losses

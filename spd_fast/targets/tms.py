@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spd_fast.targets.data import SparseFeatures
 
-__all__ = ["TMS", "train_tms"]
+__all__ = ["PROBE", "TMS", "represented_features", "train_tms"]
+
+PROBE = 0.75
+# A start that has lost a feature after this fraction of the steps does not find it again: its
+# output is a dead ReLU, without a gradient.
+CHECK_AFTER = 0.2
 
 
 class TMS(nn.Module):
@@ -39,6 +46,15 @@ class TMS(nn.Module):
         return F.relu(self.linear2(x))
 
 
+def represented_features(target: nn.Module, features: int, device: torch.device) -> list[bool]:
+    """Which features a target represents: going from nothing to 0.75 · one-hot must move the
+    feature's own output by more than a third of that."""
+    with torch.no_grad():
+        probes = torch.eye(features, device=device) * PROBE
+        response = target(probes).diagonal() - target(torch.zeros_like(probes))[0]
+    return (response > PROBE / 3).tolist()
+
+
 def train_tms(
     model: TMS,
     data: SparseFeatures,
@@ -47,37 +63,60 @@ def train_tms(
     lr: float,
     weight_decay: float,
     zero_bias: bool,
+    starts: int,
     seed: int,
-    progress: object = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train ``model`` in place to reconstruct |x|: loss = mean (|x| − x̂)², AdamW, constant lr.
 
-    Returns the loss every hundredth of the way. The identity layers stay frozen; being exactly
-    the identity they are left out of the training forward.
+    Training from ``nn.Linear``'s default initialisation often leaves features out for good, so up
+    to ``starts`` initialisations (a function of ``seed``) are tried and the first that keeps
+    every feature is trained to the end; the last one is, whatever it keeps. The identity layers
+    stay frozen; being exactly the identity they are left out of the training forward.
+
+    Returns:
+        the loss at every hundredth of the way.
     """
     generator = torch.Generator().manual_seed(seed)
+    for start in range(starts):
+        _initialise(model, zero_bias, generator)
+        losses = []
+        for step, loss in _descend(model, data, steps, lr, weight_decay):
+            if step % max(steps // 100, 1) == 0 or step == steps - 1:
+                losses.append(loss.item())
+            if progress is not None:
+                progress(step + 1)
+            if step + 1 == max(int(CHECK_AFTER * steps), 1) and start + 1 < starts:
+                device = model.linear1.weight.device
+                if not all(represented_features(model, model.linear1.in_features, device)):
+                    break
+        else:
+            break
+    model.requires_grad_(False)
+    model.tie()
+    return losses
+
+
+def _initialise(model: TMS, zero_bias: bool, generator: torch.Generator) -> None:
+    """``nn.Linear``'s own default: U[−1, 1] / √fan_in."""
     with torch.no_grad():
-        bound = model.linear1.in_features**-0.5  # nn.Linear's own default
-        model.linear1.weight.uniform_(-bound, bound, generator=generator)
-        bound = model.linear2.in_features**-0.5
-        model.linear2.bias.uniform_(-bound, bound, generator=generator)
+        for linear in (model.linear1, model.linear2):
+            bound = linear.in_features**-0.5
+            tensor = model.linear1.weight if linear is model.linear1 else model.linear2.bias
+            tensor.uniform_(-bound, bound, generator=generator)
         if zero_bias:
             model.linear2.bias.zero_()
-    W, b = model.linear1.weight, model.linear2.bias
-    W.requires_grad_(True)
-    b.requires_grad_(True)
+
+
+def _descend(
+    model: TMS, data: SparseFeatures, steps: int, lr: float, weight_decay: float
+) -> Iterator[tuple[int, Tensor]]:
+    W, b = model.linear1.weight.requires_grad_(True), model.linear2.bias.requires_grad_(True)
     optimizer = torch.optim.AdamW([W, b], lr=lr, weight_decay=weight_decay, fused=True)
-    losses = []
     for step in range(steps):
         x = data(step)
         loss = F.mse_loss(F.relu(F.linear(F.linear(x, W), W.T, b)), x.abs())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % max(steps // 100, 1) == 0 or step == steps - 1:
-            losses.append(loss.item())
-        if callable(progress):
-            progress(step + 1)
-    model.requires_grad_(False)
-    model.tie()
-    return losses
+        yield step, loss.detach()

@@ -65,6 +65,7 @@ class TMSTarget(_Strict):
     hidden: Count
     identity_layers: Annotated[int, Field(ge=0)] = 0
     zero_bias: bool = False
+    starts: Count = 32
     probability: Fraction = 0.05
     steps: Count = 10_000
     batch_size: Count = 1024

@@ -1,0 +1,510 @@
+// The Python face of the CPU kernels: validation, allocation, torch's thread pool and matrix products.
+// The only file that knows torch and Python.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/philox.h"
+#include "cpu/kernels.h"
+
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// ---- what the kernels need from torch
+
+void parallel_loop(int64_t tasks, void* state, void (*body)(void*, int64_t)) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(state, task);
+  });
+}
+
+template <class T>
+Tensor view(const T* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  return at::from_blob(const_cast<T*>(data), {rows, columns}, {row, column},
+                       at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+}
+
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, spd::Matrix<T> a, spd::Matrix<T> b, T* c, int64_t c_row, int64_t c_col,
+             bool accumulate) {
+  Tensor out = view(c, m, n, c_row, c_col);
+  const Tensor left = view(a.data, m, k, a.row, a.col);
+  const Tensor right = view(b.data, k, n, b.row, b.col);
+  if (accumulate)
+    out.addmm_(left, right);
+  else
+    at::mm_out(out, left, right);
+}
+
+template <class T>
+spd::Host<T> host() {
+  const char* path = std::getenv("SPD_FAST_CPU_PATH");
+  int forced = 0;
+  if (path && *path) {
+    const std::string name = path;
+    TORCH_CHECK_VALUE(name == "small" || name == "large", "SPD_FAST_CPU_PATH must be 'small' or 'large', not '", name,
+                      "'");
+    forced = name == "small" ? 1 : 2;
+  }
+  return {{parallel_loop}, product<T>, forced};
+}
+
+// The kernels' own products and allocations need no autograd bookkeeping.
+struct Plain {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autograd_dispatch_keyset_with_ADInplaceOrView};
+};
+
+// ---- validation
+
+void check_kind(const Tensor& t, const char* name, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " is on ", t.device(), "; the cpu backend needs cpu tensors");
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype, name, " has dtype ", t.scalar_type(), " but x has ", dtype);
+}
+
+void check_shape(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, " has shape ", t.sizes(), "; expected ", shape);
+}
+
+void check_matrix(const Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() == 2, name, " must have two dimensions, not shape ", t.sizes());
+}
+
+at::ScalarType compute_dtype(const Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " is on ", t.device(), "; the cpu backend needs cpu tensors");
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name, " has dtype ",
+                    t.scalar_type(), "; the cpu backend computes in float32 and float64");
+  return t.scalar_type();
+}
+
+// ---- layouts
+
+Tensor unit_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
+
+template <class T>
+spd::Matrix<T> row_matrix(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), 1};
+}
+
+template <class T>
+spd::Matrix<T> matrix(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+}
+
+// at::mm copies a matrix that has no unit stride; do it once here.
+Tensor plain_matrix(const Tensor& t) {
+  return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous();
+}
+
+bool is_component_major(const Tensor& t) {
+  return t.numel() == 0 || ((t.size(0) == 1 || t.stride(0) == 1) && (t.size(1) == 1 || t.stride(1) == t.size(0)));
+}
+
+Tensor component_major(const Tensor& t) { return is_component_major(t) ? t : t.t().contiguous().t(); }
+
+Tensor empty_component_major(int64_t rows, int64_t components, const at::TensorOptions& options) {
+  return at::empty({components, rows}, options).t();
+}
+
+// An optional [N, C] input.
+Tensor component_input(const OptTensor& t, const char* name, at::ScalarType dtype, int64_t rows, int64_t components) {
+  if (!t) return {};
+  check_kind(*t, name, dtype);
+  check_shape(*t, name, {rows, components});
+  return component_major(*t);
+}
+
+template <class T>
+const T* pointer(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+template <class T>
+T* output(const Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+// Runs body(T{}) in the dtype of the call.
+template <class F>
+void in_dtype(at::ScalarType dtype, F&& body) {
+  if (dtype == at::kFloat)
+    body(float{});
+  else
+    body(double{});
+}
+
+// ---- gate
+
+struct GateInputs {
+  Tensor w_in, b_in, w_out, b_out;
+  int64_t hidden;
+  spd::Sigmoid sigmoid;
+  spd::Penalty penalty;
+  double power, eps;
+
+  template <class T>
+  spd::Gate<T> as() const {
+    return {pointer<T>(w_in), pointer<T>(b_in), pointer<T>(w_out), pointer<T>(b_out), hidden,
+            sigmoid,          penalty,          T(power),          T(eps)};
+  }
+};
+
+GateInputs gate_inputs(at::ScalarType dtype, int64_t components, const Tensor& w_in, const Tensor& b_in,
+                       const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid,
+                       const std::string& penalty, double power, double eps) {
+  check_kind(w_in, "w_in", dtype);
+  check_kind(b_in, "b_in", dtype);
+  check_kind(w_out, "w_out", dtype);
+  check_kind(b_out, "b_out", dtype);
+  check_matrix(w_in, "w_in");
+  const int64_t hidden = w_in.size(1);
+  check_shape(w_in, "w_in", {components, hidden});
+  check_shape(b_in, "b_in", {components, hidden});
+  check_shape(w_out, "w_out", {components, hidden > 0 ? hidden : 1});
+  check_shape(b_out, "b_out", {components});
+  TORCH_CHECK_VALUE(sigmoid == "paper" || sigmoid == "2026", "sigmoid must be 'paper' or '2026', not '", sigmoid, "'");
+  TORCH_CHECK_VALUE(penalty == "lp" || penalty == "smooth_l0" || penalty == "none",
+                    "penalty must be 'lp', 'smooth_l0' or 'none', not '", penalty, "'");
+  return {w_in.contiguous(),
+          b_in.contiguous(),
+          w_out.contiguous(),
+          b_out.contiguous(),
+          hidden,
+          sigmoid == "paper" ? spd::Sigmoid::paper : spd::Sigmoid::preset2026,
+          penalty == "lp" ? spd::Penalty::lp : (penalty == "none" ? spd::Penalty::none : spd::Penalty::smooth_l0),
+          power,
+          eps};
+}
+
+void check_site(const Tensor& x, const Tensor& V) {
+  check_matrix(x, "x");
+  check_kind(V, "V", x.scalar_type());
+  check_matrix(V, "V");
+  TORCH_CHECK_VALUE(V.size(0) == x.size(1), "V has d_in ", V.size(0), " but x has ", x.size(1), " columns");
+  TORCH_CHECK_VALUE(V.size(0) > 0 && V.size(1) > 0, "V has shape ", V.sizes(), "; both sizes must be at least 1");
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_forward(const Tensor& x_in, const Tensor& V_in, const Tensor& w_in,
+                                                const Tensor& b_in, const Tensor& w_out, const Tensor& b_out,
+                                                const std::string& sigmoid, const std::string& penalty, double power,
+                                                double eps) {
+  Plain plain;
+  const auto dtype = compute_dtype(x_in, "x");
+  check_site(x_in, V_in);
+  const Tensor x = unit_columns(x_in), V = plain_matrix(V_in);
+  const int64_t rows = x.size(0), components = V.size(1);
+  const GateInputs gate = gate_inputs(dtype, components, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps);
+  const Tensor inner = empty_component_major(rows, components, x.options());
+  const Tensor lower = empty_component_major(rows, components, x.options());
+  const Tensor sums = at::empty({components}, x.options());
+  in_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().gate_forward(host<T>(), {rows, x.size(1), components, row_matrix<T>(x), matrix<T>(V),
+                                               gate.as<T>(), output<T>(inner), output<T>(lower), output<T>(sums)});
+  });
+  return {inner, lower, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_backward(
+    const OptTensor& grad_inner_in, const OptTensor& grad_lower_in, const OptTensor& grad_penalty_in,
+    const Tensor& x_in, const Tensor& V_in, const Tensor& inner_in, const Tensor& w_in, const Tensor& b_in,
+    const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid, const std::string& penalty, double power,
+    double eps, bool need_grad_x) {
+  Plain plain;
+  const auto dtype = compute_dtype(x_in, "x");
+  check_site(x_in, V_in);
+  const Tensor x = unit_columns(x_in), V = plain_matrix(V_in);
+  const int64_t rows = x.size(0), d_in = x.size(1), components = V.size(1);
+  const GateInputs gate = gate_inputs(dtype, components, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps);
+  const Tensor inner = component_input(inner_in, "inner", dtype, rows, components);
+  const Tensor grad_inner = component_input(grad_inner_in, "grad_inner", dtype, rows, components);
+  const Tensor grad_lower = component_input(grad_lower_in, "grad_lower", dtype, rows, components);
+  Tensor grad_penalty;
+  if (grad_penalty_in) {
+    check_kind(*grad_penalty_in, "grad_penalty", dtype);
+    check_shape(*grad_penalty_in, "grad_penalty", {components});
+    grad_penalty = grad_penalty_in->contiguous();
+  }
+  const auto options = x.options();
+  const Tensor grad_x = need_grad_x ? at::empty({rows, d_in}, options) : Tensor();
+  const Tensor grad_V = at::empty({d_in, components}, options);
+  const Tensor grad_w_in = at::empty({components, gate.hidden}, options);
+  const Tensor grad_b_in = at::empty({components, gate.hidden}, options);
+  const Tensor grad_w_out = at::empty({components, gate.hidden > 0 ? gate.hidden : 1}, options);
+  const Tensor grad_b_out = at::empty({components}, options);
+  in_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().gate_backward(
+        host<T>(), {rows, d_in, components, pointer<T>(grad_inner), pointer<T>(grad_lower), pointer<T>(grad_penalty),
+                    row_matrix<T>(x), matrix<T>(V), pointer<T>(inner), gate.as<T>(), output<T>(grad_x),
+                    output<T>(grad_V), output<T>(grad_w_in), output<T>(grad_b_in), output<T>(grad_w_out),
+                    output<T>(grad_b_out)});
+  });
+  return {grad_x, grad_V, grad_w_in, grad_b_in, grad_w_out, grad_b_out};
+}
+
+// ---- component linear
+
+spd::Key make_key(const OptTensor& key, int64_t draw, int64_t site, int64_t row_offset, bool binomial) {
+  if (!key) return {};
+  TORCH_CHECK_VALUE(key->device().is_cpu() && key->scalar_type() == at::kLong && key->dim() == 1 && key->size(0) == 2,
+                    "key must be an int64 cpu tensor of two elements (seed, step), not ", key->scalar_type(), " ",
+                    key->sizes(), " on ", key->device());
+  const Tensor words = key->contiguous();
+  const int64_t* word = words.const_data_ptr<int64_t>();
+  return {true,           binomial,       uint32_t(word[0]),   uint32_t(word[1]),
+          uint32_t(draw), uint32_t(site), uint32_t(row_offset)};
+}
+
+// The tensors of one call, kept alive, in the layouts the kernels take.
+struct LinearInputs {
+  Tensor x, inner, V, U, lower, source, delta, weight, bias, routed;
+  spd::Key key;
+  bool random_delta;
+  int64_t rows, d_in, components, d_out;
+
+  template <class T>
+  spd::ComponentLinear<T> as() const {
+    spd::ComponentLinear<T> a;
+    a.rows = rows;
+    a.d_in = d_in;
+    a.components = components;
+    a.d_out = d_out;
+    a.x = row_matrix<T>(x);
+    a.inner = pointer<T>(inner);
+    a.V = V.defined() ? matrix<T>(V) : spd::Matrix<T>{nullptr, 0, 0};
+    a.U = matrix<T>(U);
+    a.lower = pointer<T>(lower);
+    a.source = pointer<T>(source);
+    a.key = key;
+    a.delta = pointer<T>(delta);
+    a.random_delta = random_delta;
+    a.weight = weight.defined() ? matrix<T>(weight) : spd::Matrix<T>{nullptr, 0, 0};
+    a.bias = pointer<T>(bias);
+    a.routed = routed.defined() ? reinterpret_cast<const uint8_t*>(routed.const_data_ptr<bool>()) : nullptr;
+    return a;
+  }
+};
+
+LinearInputs linear_inputs(const Tensor& x, const OptTensor& inner, const OptTensor& V, const Tensor& U,
+                           const OptTensor& lower, const OptTensor& source, const OptTensor& key, int64_t draw,
+                           int64_t site, int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta,
+                           const OptTensor& weight, const OptTensor& bias, const OptTensor& routing) {
+  LinearInputs a;
+  const auto dtype = compute_dtype(x, "x");
+  check_matrix(x, "x");
+  check_kind(U, "U", dtype);
+  check_matrix(U, "U");
+  a.rows = x.size(0);
+  a.d_in = x.size(1);
+  a.components = U.size(0);
+  a.d_out = U.size(1);
+  TORCH_CHECK_VALUE(a.d_in > 0 && a.components > 0 && a.d_out > 0, "x has shape ", x.sizes(), " and U ", U.sizes(),
+                    "; d_in, C and d_out must be at least 1");
+  TORCH_CHECK_VALUE(inner || V, "one of inner and V is needed");
+  a.x = unit_columns(x);
+  a.U = plain_matrix(U);
+  a.inner = component_input(inner, "inner", dtype, a.rows, a.components);
+  if (V && !inner) {
+    check_kind(*V, "V", dtype);
+    check_shape(*V, "V", {a.d_in, a.components});
+    a.V = plain_matrix(*V);
+  }
+  a.lower = component_input(lower, "lower", dtype, a.rows, a.components);
+  a.key = make_key(key, draw, site, row_offset, binomial);
+  if (!key) a.source = component_input(source, "source", dtype, a.rows, a.components);
+  a.random_delta = random_delta && !delta;
+  TORCH_CHECK_VALUE(!a.random_delta || key, "random_delta needs a key");
+  if (delta) {
+    check_kind(*delta, "delta", dtype);
+    check_shape(*delta, "delta", {a.rows});
+    a.delta = delta->contiguous();
+  }
+  if (routing) {
+    TORCH_CHECK_VALUE(routing->device().is_cpu() && routing->scalar_type() == at::kBool,
+                      "routing must be a bool cpu tensor, not ", routing->scalar_type(), " on ", routing->device());
+    check_shape(*routing, "routing", {a.rows});
+    a.routed = routing->contiguous();
+  }
+  if (a.random_delta || delta || routing) {
+    TORCH_CHECK_VALUE(weight.has_value(), "weight is needed where delta or routing is on");
+    check_kind(*weight, "weight", dtype);
+    check_shape(*weight, "weight", {a.d_out, a.d_in});
+    a.weight = plain_matrix(*weight);
+  }
+  if (bias) {
+    check_kind(*bias, "bias", dtype);
+    check_shape(*bias, "bias", {a.d_out});
+    a.bias = bias->contiguous();
+  }
+  return a;
+}
+
+Tensor component_linear_forward(const Tensor& x, const OptTensor& inner, const OptTensor& V, const Tensor& U,
+                                const OptTensor& lower, const OptTensor& source, const OptTensor& key, int64_t draw,
+                                int64_t site, int64_t row_offset, bool binomial, const OptTensor& delta,
+                                bool random_delta, const OptTensor& weight, const OptTensor& bias,
+                                const OptTensor& routing) {
+  Plain plain;
+  const LinearInputs a = linear_inputs(x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
+                                       random_delta, weight, bias, routing);
+  const Tensor y = at::empty({a.rows, a.d_out}, x.options());
+  in_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().component_linear_forward(host<T>(), a.as<T>(), output<T>(y));
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> component_linear_backward(
+    const Tensor& grad_y_in, const Tensor& x, const OptTensor& inner, const OptTensor& V, const Tensor& U,
+    const OptTensor& lower, const OptTensor& source, const OptTensor& key, int64_t draw, int64_t site,
+    int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta, const OptTensor& weight,
+    const OptTensor& bias, const OptTensor& routing, bool need_x, bool need_inner, bool need_V, bool need_U,
+    bool need_lower, bool need_source, bool need_delta, bool need_bias) {
+  Plain plain;
+  const LinearInputs a = linear_inputs(x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
+                                       random_delta, weight, bias, routing);
+  check_kind(grad_y_in, "grad_y", x.scalar_type());
+  check_shape(grad_y_in, "grad_y", {a.rows, a.d_out});
+  const Tensor grad_y = unit_columns(grad_y_in);
+  const auto options = x.options();
+  const auto component_grad = [&](bool needed) {
+    return needed ? empty_component_major(a.rows, a.components, options) : Tensor();
+  };
+  const Tensor grad_x = need_x ? at::empty({a.rows, a.d_in}, options) : Tensor();
+  const Tensor grad_inner = component_grad(need_inner && a.inner.defined());
+  const Tensor grad_V = need_V && !a.inner.defined() ? at::empty({a.d_in, a.components}, options) : Tensor();
+  const Tensor grad_U = need_U ? at::empty({a.components, a.d_out}, options) : Tensor();
+  const Tensor grad_lower = component_grad(need_lower && a.lower.defined());
+  const Tensor grad_source = component_grad(need_source && a.source.defined());
+  const Tensor grad_delta = need_delta && a.delta.defined() ? at::empty({a.rows}, options) : Tensor();
+  const Tensor grad_bias = need_bias ? at::empty({a.d_out}, options) : Tensor();
+  in_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    spd::ComponentLinearGrads<T> g;
+    g.grad_y = row_matrix<T>(grad_y);
+    g.x = output<T>(grad_x);
+    g.inner = output<T>(grad_inner);
+    g.V = output<T>(grad_V);
+    g.U = output<T>(grad_U);
+    g.lower = output<T>(grad_lower);
+    g.source = output<T>(grad_source);
+    g.delta = output<T>(grad_delta);
+    g.bias = output<T>(grad_bias);
+    spd::kernels<T>().component_linear_backward(host<T>(), a.as<T>(), g);
+  });
+  return {grad_x, grad_inner, grad_V, grad_U, grad_lower, grad_source, grad_delta, grad_bias};
+}
+
+// ---- faithfulness
+
+template <class T>
+spd::Faithfulness<T> faithfulness_args(const Tensor& V, const Tensor& U, const Tensor& W) {
+  return {V.size(0), V.size(1), U.size(1), matrix<T>(V), matrix<T>(U), matrix<T>(W)};
+}
+
+void check_faithfulness(const Tensor& V, const Tensor& U, const Tensor& W) {
+  const auto dtype = compute_dtype(V, "V");
+  check_kind(U, "U", dtype);
+  check_kind(W, "W", dtype);
+  check_matrix(V, "V");
+  check_matrix(U, "U");
+  TORCH_CHECK_VALUE(V.numel() > 0, "V has shape ", V.sizes(), "; both sizes must be at least 1");
+  TORCH_CHECK_VALUE(U.size(0) == V.size(1), "U has C ", U.size(0), " but V has ", V.size(1));
+  check_shape(W, "W", {U.size(1), V.size(0)});
+}
+
+Tensor faithfulness_forward(const Tensor& V_in, const Tensor& U_in, const Tensor& W) {
+  Plain plain;
+  check_faithfulness(V_in, U_in, W);
+  const Tensor V = plain_matrix(V_in), U = plain_matrix(U_in);
+  double total = 0;
+  in_dtype(V.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    total = spd::kernels<T>().faithfulness_forward(host<T>(), faithfulness_args<T>(V, U, W));
+  });
+  return at::scalar_tensor(total, V.options());
+}
+
+std::tuple<Tensor, Tensor> faithfulness_backward(const Tensor& grad, const Tensor& V_in, const Tensor& U_in,
+                                                 const Tensor& W) {
+  Plain plain;
+  check_faithfulness(V_in, U_in, W);
+  check_kind(grad, "grad", V_in.scalar_type());
+  TORCH_CHECK_VALUE(grad.numel() == 1, "grad has shape ", grad.sizes(), "; expected a scalar");
+  const Tensor V = plain_matrix(V_in), U = plain_matrix(U_in);
+  const Tensor grad_V = at::empty(V.sizes(), V.options());
+  const Tensor grad_U = at::empty(U.sizes(), U.options());
+  in_dtype(V.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().faithfulness_backward(host<T>(), faithfulness_args<T>(V, U, W), grad.item<T>(),
+                                            output<T>(grad_V), output<T>(grad_U));
+  });
+  return {grad_V, grad_U};
+}
+
+// ---- random numbers
+
+Tensor uniform(const Tensor& key, int64_t rows, int64_t columns, int64_t draw, int64_t site, int64_t row_offset,
+               const at::ScalarType& dtype) {
+  Plain plain;
+  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, "rows and columns must not be negative: ", rows, ", ", columns);
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "dtype must be float32 or float64, not ", dtype);
+  const spd::Key k = make_key(key, draw, site, row_offset, false);
+  const Tensor out = at::empty({rows, columns}, at::TensorOptions(dtype));
+  in_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().uniform(host<T>(), k, rows, columns, output<T>(out));
+  });
+  return out;
+}
+
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const spd::Words4 w = spd::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+  return {w.lane[0], w.lane[1], w.lane[2], w.lane[3]};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  m.doc() = "Fused CPU kernels of spd_fast; called by spd_fast.ops, which holds the documentation.";
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("gate_forward", &gate_forward, release, py::arg("x"), py::arg("V"), py::arg("w_in"), py::arg("b_in"),
+        py::arg("w_out"), py::arg("b_out"), py::arg("sigmoid"), py::arg("penalty"), py::arg("power"), py::arg("eps"));
+  m.def("gate_backward", &gate_backward, release, py::arg("grad_inner"), py::arg("grad_lower"),
+        py::arg("grad_penalty"), py::arg("x"), py::arg("V"), py::arg("inner"), py::arg("w_in"), py::arg("b_in"),
+        py::arg("w_out"), py::arg("b_out"), py::arg("sigmoid"), py::arg("penalty"), py::arg("power"), py::arg("eps"),
+        py::arg("need_grad_x"));
+  m.def("component_linear_forward", &component_linear_forward, release, py::arg("x"), py::arg("inner"), py::arg("V"),
+        py::arg("U"), py::arg("lower"), py::arg("source"), py::arg("key"), py::arg("draw"), py::arg("site"),
+        py::arg("row_offset"), py::arg("binomial"), py::arg("delta"), py::arg("random_delta"), py::arg("weight"),
+        py::arg("bias"), py::arg("routing"));
+  m.def("component_linear_backward", &component_linear_backward, release, py::arg("grad_y"), py::arg("x"),
+        py::arg("inner"), py::arg("V"), py::arg("U"), py::arg("lower"), py::arg("source"), py::arg("key"),
+        py::arg("draw"), py::arg("site"), py::arg("row_offset"), py::arg("binomial"), py::arg("delta"),
+        py::arg("random_delta"), py::arg("weight"), py::arg("bias"), py::arg("routing"), py::arg("need_x"),
+        py::arg("need_inner"), py::arg("need_V"), py::arg("need_U"), py::arg("need_lower"), py::arg("need_source"),
+        py::arg("need_delta"), py::arg("need_bias"));
+  m.def("faithfulness_forward", &faithfulness_forward, release, py::arg("V"), py::arg("U"), py::arg("W"));
+  m.def("faithfulness_backward", &faithfulness_backward, release, py::arg("grad"), py::arg("V"), py::arg("U"),
+        py::arg("W"));
+  m.def("uniform", &uniform, release, py::arg("key"), py::arg("rows"), py::arg("columns"), py::arg("draw"),
+        py::arg("site"), py::arg("row_offset"), py::arg("dtype"));
+  m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
+  m.def("instruction_set", [] { return std::string(spd::instruction_set()); });
+}
