@@ -15,7 +15,9 @@ from spd_fast.errors import UserError
 __all__ = ["app", "main"]
 
 # Some versions of typer carry click inside, others import it: this is its base error in both.
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_UsageError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)  # type: ignore[assignment]
 
 app = typer.Typer(
     name="spd-fast",
@@ -122,7 +124,7 @@ def _warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: exit status 0, or 2 with one line for a mistake of the user's."""
-    warnings.showwarning = _warn  # type: ignore[assignment]
+    warnings.showwarning = _warn
     try:
         status = app(arguments, standalone_mode=False)
     except UserError as error:

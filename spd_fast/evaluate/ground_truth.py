@@ -84,7 +84,7 @@ def identity_error(importances: Matrix, n: int) -> int:
     With fewer than n rows or columns the missing diagonal entries count as errors.
     """
     ordered = importances[:, permute_identity(importances)]
-    diagonal = np.eye(*ordered.shape, dtype=bool)
+    diagonal = np.eye(*ordered.shape) == 1
     missing = max(n - min(ordered.shape), 0)
     off = int((ordered[~diagonal] > OFF).sum())
     return off + int((ordered[diagonal] < ON).sum()) + missing

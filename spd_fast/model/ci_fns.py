@@ -39,7 +39,7 @@ class MLPGate(nn.Module):
     def __init__(self, components: int, hidden: Sequence[int], generator: torch.Generator) -> None:
         super().__init__()
         widths = [1, *hidden, 1]
-        layers = {}
+        layers: dict[str, nn.Module] = {}
         for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
             head = i == len(widths) - 2
             std = (1.0 if head else 2.0**0.5) / d_in**0.5
@@ -48,11 +48,14 @@ class MLPGate(nn.Module):
 
     @property
     def weights(self) -> list[Tensor]:
-        return [layer.W for layer in self.layers.values()]
+        return [layer.W for layer in self._ordered()]
 
     @property
     def biases(self) -> list[Tensor]:
-        return [layer.b for layer in self.layers.values()]
+        return [layer.b for layer in self._ordered()]
+
+    def _ordered(self) -> list[_ParallelLinear]:
+        return [layer for layer in self.layers.values() if isinstance(layer, _ParallelLinear)]
 
 
 def make_ci_fn(

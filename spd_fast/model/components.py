@@ -42,13 +42,14 @@ class Components(nn.Module):
         if init not in INITS:
             raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
         V, U = (_paper_init if init == "paper" else _2026_init)(site, generator)
-        like = {"device": site.weight.device, "dtype": site.weight.dtype}
-        self.V = nn.Parameter(V.to(**like))
-        self.U = nn.Parameter(U.to(**like))
+        self.V = nn.Parameter(V.to(site.weight))
+        self.U = nn.Parameter(U.to(site.weight))
 
 
 class TiedComponents(nn.Module):
     """The components of a site whose weight is another site's transpose: V = Uᵀ, U = Vᵀ there."""
+
+    _owner: Components
 
     def __init__(self, owner: Components) -> None:
         super().__init__()

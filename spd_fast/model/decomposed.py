@@ -46,6 +46,10 @@ def _key(site: str) -> str:
     return site.replace(".", "-")
 
 
+def _constant(y: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: y
+
+
 class DecomposedModel(nn.Module):
     """A target network whose sites are decomposed into rank-one components.
 
@@ -65,6 +69,8 @@ class DecomposedModel(nn.Module):
     Raises:
         UserError: a site pattern without match, C < 1, unknown options.
     """
+
+    target: nn.Module
 
     def __init__(
         self,
@@ -216,7 +222,7 @@ class DecomposedModel(nn.Module):
         if clean is not None:
             first = next((n for n in clean.outputs if n in names), None)
             for name in itertools.takewhile(lambda n: n != first, clean.outputs):
-                forwards[name] = lambda _, y=clean.outputs[name]: y
+                forwards[name] = _constant(clean.outputs[name])
         for name in names:
             inner = importances[name].inner if importances is not None and name == first else None
             forwards[name] = self._masked(self.sites[name], masking, inner)

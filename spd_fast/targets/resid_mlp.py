@@ -37,9 +37,10 @@ class ResidMLP(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.randn(features, d_embed, generator=generator)
         self.register_buffer("W_E", embedding / embedding.norm(dim=1, keepdim=True))
-        self.layers = nn.ModuleList(_Layer(d_embed, d_mlp) for _ in range(layers))
+        blocks = [_Layer(d_embed, d_mlp) for _ in range(layers)]
+        self.layers = nn.ModuleList(blocks)
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in blocks:
                 for linear in (layer.mlp_in, layer.mlp_out):
                     std = math.sqrt(2 / (linear.in_features + linear.out_features))
                     linear.weight.normal_(0, std, generator=generator)

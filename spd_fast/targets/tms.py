@@ -27,12 +27,11 @@ class TMS(nn.Module):
     def __init__(self, features: int, hidden: int, identity_layers: int = 0) -> None:
         super().__init__()
         self.linear1 = nn.Linear(features, hidden, bias=False)
-        self.hidden_layers = nn.ModuleList(
-            nn.Linear(hidden, hidden, bias=False) for _ in range(identity_layers)
-        )
-        self.linear2 = nn.Linear(hidden, features)
-        for layer in self.hidden_layers:
+        identities = [nn.Linear(hidden, hidden, bias=False) for _ in range(identity_layers)]
+        for layer in identities:
             nn.init.eye_(layer.weight)
+        self.hidden_layers = nn.ModuleList(identities)
+        self.linear2 = nn.Linear(hidden, features)
         self.tie()
 
     def tie(self) -> None:

@@ -170,7 +170,7 @@ class Config(TrainConfig):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        preset = PRESETS.get(data.get("preset")) if isinstance(data, dict) else None
+        preset = PRESETS.get(str(data.get("preset"))) if isinstance(data, dict) else None
         return data if preset is None else _merge(preset, data)
 
     def to_yaml(self) -> str:
