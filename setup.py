@@ -65,7 +65,6 @@ def compile_flags(command: list[str]) -> tuple[list[str], list[str]]:
     """
     flags = [
         "-O3",
-        "-std=c++17",
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-trapping-math",
@@ -87,7 +86,7 @@ def extension() -> dict:
     if platform.system() == "Windows":
         without_extension("Windows is not supported")
         return {}
-    command = os.environ.get("CXX", "c++" if platform.system() == "Darwin" else "g++").split()
+    command = os.environ.get("CXX", "c++").split()
     if shutil.which(command[0]) is None:
         without_extension(f"no C++ compiler: '{command[0]}' was not found")
         return {}

@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 # Some versions of typer carry click inside, others import it: this is its base error in both.
 _UsageError: type[Exception] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
-)  # type: ignore[assignment]
+)
 
 app = typer.Typer(
     name="spd-fast",
@@ -130,7 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error), 2)
     except _UsageError as error:
-        _fail(f"{error.format_message()} (see `spd-fast --help`)", 2)
+        message = error.format_message()  # type: ignore[attr-defined]
+        _fail(f"{message} (see `spd-fast --help`)", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; `--resume` continues from the last checkpoint", 130)
     except BrokenPipeError:  # the reader of our output went away: nothing is left to say
