@@ -128,9 +128,12 @@ Tensor component_input(const OptTensor& t, const char* name, at::ScalarType dtyp
   return component_major(*t);
 }
 
+// Null means absent to the kernels, so an empty tensor, whose data is null, gets an address nobody reads.
 template <class T>
 const T* pointer(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+  static const T nothing{};
+  if (!t.defined()) return nullptr;
+  return t.numel() > 0 ? t.const_data_ptr<T>() : &nothing;
 }
 template <class T>
 T* output(const Tensor& t) {
@@ -294,7 +297,7 @@ struct LinearInputs {
     a.random_delta = random_delta;
     a.weight = weight.defined() ? matrix<T>(weight) : spd::Matrix<T>{nullptr, 0, 0};
     a.bias = pointer<T>(bias);
-    a.routed = routed.defined() ? reinterpret_cast<const uint8_t*>(routed.const_data_ptr<bool>()) : nullptr;
+    a.routed = reinterpret_cast<const uint8_t*>(pointer<bool>(routed));
     return a;
   }
 };

@@ -11,5 +11,6 @@
 
 #pragma GCC target("avx2,fma")
 #define SPD_ISA avx2
+#define SPD_VECTOR_BYTES 32
 #include "kernels.inl"
 #endif

@@ -11,5 +11,6 @@
 
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define SPD_ISA avx512
+#define SPD_VECTOR_BYTES 64
 #include "kernels.inl"
 #endif

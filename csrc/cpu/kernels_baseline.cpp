@@ -11,4 +11,5 @@
 #endif
 
 #define SPD_ISA baseline
+#define SPD_VECTOR_BYTES 16
 #include "kernels.inl"

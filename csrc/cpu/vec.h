@@ -8,13 +8,9 @@
 
 namespace spd {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
+// SPD_VECTOR_BYTES is 64 with AVX-512, 32 with AVX2 and FMA, 16 otherwise. The compiler's own macros cannot tell: g++
+// before 13 does not define them after a target pragma.
+constexpr int kVectorBytes = SPD_VECTOR_BYTES;
 
 typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
@@ -59,7 +55,7 @@ SPD_HD typename Lanes<T>::Int iota() {
   return v;
 }
 
-#if defined(__AVX512F__)
+#if SPD_VECTOR_BYTES == 64
 SPD_HD VecF minimum(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
 SPD_HD VecD minimum(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
 SPD_HD VecF maximum(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -73,7 +69,7 @@ SPD_HD VecD mul_add(VecD a, VecD b, VecD c) {
 SPD_HD VecU64 multiply_low_words(VecU64 a, VecU64 b) {
   return (VecU64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 }
-#elif defined(__AVX2__)
+#elif SPD_VECTOR_BYTES == 32
 SPD_HD VecF minimum(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
 SPD_HD VecD minimum(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
 SPD_HD VecF maximum(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -115,9 +111,9 @@ SPD_HD VecF absolute(VecF a) { return (VecF)((VecI32)a & 0x7fffffff); }
 // The lanes added pairwise, in a fixed order.
 template <class V>
 SPD_HD auto sum_lanes(V v) {
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if SPD_VECTOR_BYTES >= 32
   if constexpr (sizeof(v[0]) == 4) {
-#if defined(__AVX512F__)
+#if SPD_VECTOR_BYTES == 64
     const __m256 w = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
                                    _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1)));
 #else
