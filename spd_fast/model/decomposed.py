@@ -264,7 +264,12 @@ class DecomposedModel(nn.Module):
 
     def faithfulness(self) -> dict[str, Tensor]:
         """Site name → ‖W − (V U)ᵀ‖²."""
-        return {
-            n: ops.faithfulness(self.V(n), self.U(n), s.weight, backend=self.backend)
-            for n, s in self.sites.items()
-        }
+        errors: dict[str, Tensor] = {}
+        for name, site in self.sites.items():
+            if site.tied_to is not None:  # the same matrices, transposed
+                errors[name] = errors[site.tied_to]
+                continue
+            errors[name] = ops.faithfulness(
+                self.V(name), self.U(name), site.weight, backend=self.backend
+            )
+        return errors

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd_fast.ops._library import LIBRARY
 
-__all__ = ["load", "unsupported_dtype"]
+__all__ = ["kernel", "load", "unsupported_dtype"]
 
 PRIMITIVES = (
     "gate_forward",
@@ -32,6 +34,22 @@ def load(backend: str) -> None:
             LIBRARY.impl(name, getattr(module, name), "CPU")
         return
     raise NotImplementedError(f"no kernels for backend {backend!r}")
+
+
+def kernel(name: str, tensor: Tensor) -> Callable[..., Any]:
+    """What computes primitive ``name`` for ``tensor``: the registered operation, or, where nothing
+    traces, the extension's function behind it (the dispatcher costs more than a small kernel)."""
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    if plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _extension_function(name)
+    return getattr(torch.ops.spd_fast, name)
+
+
+@functools.cache
+def _extension_function(name: str) -> Callable[..., Any]:
+    from spd_fast import _extension
+
+    return getattr(_extension.module(), name)
 
 
 def unsupported_dtype(backend: str, tensor: Tensor) -> str | None:

@@ -122,7 +122,7 @@ class _ComponentLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, inner, V, U, lower, source, key, delta, weight, routing)
         ctx.options = (draw, site, row_offset, binomial, random_delta)
-        return torch.ops.spd_fast.component_linear_forward(
+        return _fused.kernel("component_linear_forward", x)(
             x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
             random_delta, weight, bias, routing,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class _ComponentLinear(torch.autograd.Function):
         draw, site, row_offset, binomial, random_delta = ctx.options
         needs = ctx.needs_input_grad
         grad_x, grad_inner, grad_V, grad_U, grad_lower, grad_source, grad_delta, grad_bias = (
-            torch.ops.spd_fast.component_linear_backward(
+            _fused.kernel("component_linear_backward", x)(
                 grad, x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
                 random_delta, weight, None, routing,
                 needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[11], needs[14],
@@ -208,7 +208,7 @@ def component_linear(
     def flat(t: Tensor | None, columns: int) -> Tensor | None:
         return t if t is None or t.ndim == 2 else t.reshape(-1, columns)
 
-    arguments = (
+    arguments: tuple[Any, ...] = (
         flat(x, x.shape[-1]),
         flat(inner, C),
         V if inner is None else None,
@@ -230,7 +230,7 @@ def component_linear(
         backend, x.device, "component_linear", lambda name: _fused.unsupported_dtype(name, x)
     )
     if chosen == "reference":
-        y = torch.ops.spd_fast.component_linear(*arguments)
+        y = _reference(*arguments)
     else:
         _fused.load(chosen)
         y = _ComponentLinear.apply(*arguments)

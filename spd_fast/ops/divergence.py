@@ -42,7 +42,7 @@ def _check(prediction: Tensor, target: Tensor) -> None:
 def mse_divergence(prediction: Tensor, target: Tensor) -> Tensor:
     """Σ (prediction − target)² / numel. Shapes equal; returns a scalar; NaN when empty."""
     _check(prediction, target)
-    return torch.ops.spd_fast.mse_divergence(prediction, target)
+    return _mse(prediction, target)
 
 
 def kl_divergence(prediction: Tensor, target: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def kl_divergence(prediction: Tensor, target: Tensor) -> Tensor:
     Both are logits [..., vocabulary]; returns a scalar, 0 when there are no positions.
     """
     _check(prediction, target)
-    return torch.ops.spd_fast.kl_divergence(prediction, target)
+    return _kl(prediction, target)
 
 
 def divergence(prediction: Tensor, target: Tensor, kind: DivergenceKind) -> Tensor:

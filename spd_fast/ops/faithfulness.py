@@ -40,11 +40,12 @@ class _Faithfulness(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, V: Tensor, U: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(V, U, weight)
-        return torch.ops.spd_fast.faithfulness_forward(V, U, weight)
+        return _fused.kernel("faithfulness_forward", V)(V, U, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return (*torch.ops.spd_fast.faithfulness_backward(grad, *ctx.saved_tensors), None)
+        backward = _fused.kernel("faithfulness_backward", grad)
+        return (*backward(grad, *ctx.saved_tensors), None)
 
 
 def faithfulness(V: Tensor, U: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -65,6 +66,6 @@ def faithfulness(V: Tensor, U: Tensor, weight: Tensor, *, backend: str | None = 
         backend, V.device, "faithfulness", lambda name: _fused.unsupported_dtype(name, V)
     )
     if chosen == "reference" or weight.requires_grad:
-        return torch.ops.spd_fast.faithfulness(V, U, weight)
+        return _reference(V, U, weight)
     _fused.load(chosen)
     return _Faithfulness.apply(V, U, weight)

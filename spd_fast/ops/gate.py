@@ -126,9 +126,8 @@ class _Gate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.options = (sigmoid, penalty, power, eps)
-        inner, lower, sums = torch.ops.spd_fast.gate_forward(
-            x, V, w_in, b_in, w_out, b_out, *ctx.options
-        )
+        forward = _fused.kernel("gate_forward", x)
+        inner, lower, sums = forward(x, V, w_in, b_in, w_out, b_out, *ctx.options)
         ctx.save_for_backward(x, V, inner, w_in, b_in, w_out, b_out)
         return inner, lower, sums
 
@@ -138,7 +137,8 @@ class _Gate(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_inner is None and grad_lower is None and grad_sums is None:
             return (None,) * 10
-        grads = torch.ops.spd_fast.gate_backward(
+        backward = _fused.kernel("gate_backward", ctx.saved_tensors[0])
+        grads = backward(
             grad_inner, grad_lower, grad_sums, *ctx.saved_tensors, *ctx.options,
             ctx.needs_input_grad[0],
         )  # fmt: skip
@@ -198,7 +198,7 @@ def gate(
     )
     options = (sigmoid, penalty.kind, penalty.power, penalty.eps)
     if chosen == "reference":
-        out = torch.ops.spd_fast.gate(rows, V, list(weights), list(biases), *options)
+        out = _reference(rows, V, list(weights), list(biases), *options)
     else:
         _fused.load(chosen)
         if len(weights) == 1:  # linear gate: the fused kernels know it as hidden width 0
