@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from spd_fast.model.ci_fns import CIFnKind, MLPGate, make_ci_fn
 from spd_fast.model.components import Components, Init, TiedComponents
 from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
+from spd_fast.model.replay import overridden_forwards, prefixes
 from spd_fast.model.sites import Site, resolve_sites
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
@@ -32,13 +31,14 @@ class CleanForward:
 
     Attributes:
         output: the target's output.
-        inputs: site name → x [..., d_in], the very tensors the modules received.
-        outputs: site name → x Wᵀ + b, in the order in which the sites were called.
+        inputs: site name → x [..., d_in], the very tensors the modules received, in the order
+            in which the sites were called.
+        outputs: of the sites, and of the modules before them that masked forwards take over.
     """
 
     output: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
 
 
 def _key(site: str) -> str:
@@ -46,8 +46,16 @@ def _key(site: str) -> str:
     return site.replace(".", "-")
 
 
-def _constant(y: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _: y
+def _constant(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
+
+
+def _capture(name: str, forward: Callable[..., Any], clean: CleanForward) -> Callable[..., Any]:
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        output = clean.outputs[name] = forward(*args, **kwargs)
+        return output
+
+    return captured
 
 
 class DecomposedModel(nn.Module):
@@ -99,6 +107,7 @@ class DecomposedModel(nn.Module):
         }
         self.delta = delta
         self.backend = backend
+        self._prefixes: dict[str, tuple[str, ...]] | None = None  # known after the first forward
         self.components = nn.ModuleDict()
         self.ci_fns = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
@@ -127,40 +136,19 @@ class DecomposedModel(nn.Module):
         assert isinstance(gate, MLPGate)
         return gate
 
-    @contextmanager
-    def _forwards(self, forwards: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """Let the named modules compute something else, without touching their state."""
-        modules = [(self.target.get_submodule(name), f) for name, f in forwards.items()]
-        try:
-            for module, forward in modules:
-                object.__setattr__(module, "forward", forward)
-            yield
-        finally:
-            for module, _ in modules:
-                module.__dict__.pop("forward", None)
-
     def clean_forward(self, batch: Any) -> CleanForward:
         """The target's forward, with every site's input captured by reference (no copy).
 
         Raises:
             UserError: a site that is not called, or is called more than once.
         """
+        if self._prefixes is None:
+            self._prefixes = prefixes(self.target, self.sites, lambda: self.target(batch))
         clean = CleanForward(output=torch.empty(0))
-
-        def capture(site: Site) -> Callable[[Tensor], Tensor]:
-            def forward(x: Tensor) -> Tensor:
-                if site.name in clean.inputs:
-                    raise UserError(
-                        f"site {site.name!r} is called more than once per forward, which is not "
-                        "supported: leave it out of `sites`"
-                    )
-                clean.inputs[site.name] = x
-                y = clean.outputs[site.name] = F.linear(x, site.weight, site.bias)
-                return y
-
-            return forward
-
-        with torch.no_grad(), self._forwards({n: capture(s) for n, s in self.sites.items()}):
+        captured = {n: self._capture_site(s, clean) for n, s in self.sites.items()}
+        for name in {n for prefix in self._prefixes.values() for n in prefix} - captured.keys():
+            captured[name] = _capture(name, self.target.get_submodule(name).forward, clean)
+        with torch.no_grad(), overridden_forwards(self.target, captured):
             clean.output = self.target(batch)
         if not isinstance(clean.output, Tensor):
             kind = type(clean.output).__name__
@@ -168,6 +156,20 @@ class DecomposedModel(nn.Module):
         if missing := [n for n in self.sites if n not in clean.inputs]:
             raise UserError(f"site {missing[0]!r} is not called in the target's forward")
         return clean
+
+    @staticmethod
+    def _capture_site(site: Site, clean: CleanForward) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if site.name in clean.inputs:
+                raise UserError(
+                    f"site {site.name!r} is called more than once per forward, which is not "
+                    "supported: leave it out of `sites`"
+                )
+            clean.inputs[site.name] = x
+            y = clean.outputs[site.name] = F.linear(x, site.weight, site.bias)
+            return y
+
+        return forward
 
     def causal_importances(
         self, clean: CleanForward, penalty: Penalty | None = None
@@ -206,9 +208,9 @@ class DecomposedModel(nn.Module):
         """The target's output with the named sites (all by default) replaced by masked components.
 
         Every other site keeps its original weight. Given the ``clean`` forward of the same batch,
-        work that cannot differ from it is not done again: sites called before the first masked
-        one return their clean outputs, and that one takes its inner activations from
-        ``importances``.
+        work that cannot differ from it is not done again: modules that finish before the first
+        masked site is called return their clean outputs, and that site takes its inner activations
+        from ``importances``.
 
         Raises:
             UserError: an unknown site.
@@ -217,16 +219,17 @@ class DecomposedModel(nn.Module):
         for name in names:
             if name not in self.sites:
                 raise UserError(f"unknown site {name!r}; nearest: {nearest(name, self.sites)}")
-        forwards: dict[str, Callable[[Tensor], Tensor]] = {}
+        forwards: dict[str, Callable[..., Any]] = {}
         first = None  # the first masked site sees what it saw in the clean forward
-        if clean is not None:
-            first = next((n for n in clean.outputs if n in names), None)
-            for name in itertools.takewhile(lambda n: n != first, clean.outputs):
-                forwards[name] = _constant(clean.outputs[name])
+        if clean is not None and self._prefixes is not None:
+            first = next((n for n in clean.inputs if n in names), None)
+            for name in self._prefixes[first] if first is not None else ():
+                if name in clean.outputs:
+                    forwards[name] = _constant(clean.outputs[name])
         for name in names:
             inner = importances[name].inner if importances is not None and name == first else None
             forwards[name] = self._masked(self.sites[name], masking, inner)
-        with self._forwards(forwards):
+        with overridden_forwards(self.target, forwards):
             return self.target(batch)
 
     def _masked(

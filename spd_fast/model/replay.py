@@ -1,0 +1,96 @@
+"""What lies before a site: modules whose clean results a masked forward can take over.
+
+A masked forward whose first masked site is s repeats the clean forward up to s. Every module that
+finishes before s is called gives its clean output again, so it need not compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["overridden_forwards", "prefixes"]
+
+
+@contextmanager
+def overridden_forwards(target: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Any:
+    """Let the named submodules compute something else for a while, without touching their state."""
+    modules = [(target.get_submodule(name), forward) for name, forward in forwards.items()]
+    try:
+        for module, forward in modules:
+            object.__setattr__(module, "forward", forward)
+        yield
+    finally:
+        for module, _ in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _is_tensors(output: Any) -> TypeGuard[Tensor | tuple[Tensor, ...]]:
+    if isinstance(output, tuple):
+        return len(output) > 0 and all(isinstance(t, Tensor) for t in output)
+    return isinstance(output, Tensor)
+
+
+def prefixes(
+    target: nn.Module, sites: Collection[str], run: Callable[[], Any]
+) -> dict[str, tuple[str, ...]]:
+    """Site → the largest submodules that finish before it is called, in their order.
+
+    ``run()`` is a forward of the target; it is observed once. Left out: modules that are called
+    several times, that hold no parameters or buffers (as cheap to compute as to keep), whose
+    output is not made of tensors, or is written to afterwards.
+    """
+    clock = 0
+    began: dict[str, int] = {}
+    ended: dict[str, int] = {}
+    outputs: dict[str, list[tuple[Tensor, int]]] = {}
+    unusable: set[str] = set()
+
+    def observe(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal clock
+            if name in began:
+                unusable.add(name)
+            clock += 1
+            began.setdefault(name, clock)
+            output = forward(*args, **kwargs)
+            clock += 1
+            ended[name] = clock
+            if _is_tensors(output):
+                parts = output if isinstance(output, tuple) else (output,)
+                outputs[name] = [(t, t._version) for t in parts]
+            else:
+                unusable.add(name)
+            return output
+
+        return observed
+
+    with ExitStack() as stack:
+        everything = {
+            name: observe(name, module.forward) for name, module in target.named_modules() if name
+        }
+        stack.enter_context(overridden_forwards(target, everything))
+        stack.enter_context(torch.no_grad())
+        run()
+
+    modules = dict(target.named_modules())
+    usable = [
+        name
+        for name in sorted(ended, key=ended.__getitem__)
+        if name not in unusable
+        and (
+            name in sites
+            or any(True for _ in (*modules[name].parameters(), *modules[name].buffers()))
+        )
+        and all(t._version == version for t, version in outputs[name])
+    ]
+    result = {}
+    for site in sites:
+        before = [n for n in usable if site in began and ended[n] < began[site]]
+        inside = {n for n in before for outer in before if n.startswith(outer + ".")}
+        result[site] = tuple(n for n in before if n not in inside)
+    return result
