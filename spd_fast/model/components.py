@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +47,24 @@ class Components(nn.Module):
 
 
 class TiedComponents(nn.Module):
-    """The components of a site whose weight is another site's transpose: V = Uᵀ, U = Vᵀ there."""
+    """The components of a site whose weight is another site's transpose: V = Uᵀ, U = Vᵀ there.
+
+    One storage, two sets of parameters: each site's gradient goes through its own Adam moments,
+    and both updates land in the shared storage, as in the paper's code.
+    """
 
     _owner: Components
 
     def __init__(self, owner: Components) -> None:
         super().__init__()
-        # Outside the module tree, so that the shared parameters are counted and saved once.
-        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_owner", owner)  # a reference, not a second registration
+        self.tie()
 
-    @property
-    def V(self) -> Tensor:
-        return self._owner.U.T
+    def tie(self) -> None:
+        """Share the owner's storage (again, after it was moved or copied)."""
+        self.V = nn.Parameter(self._owner.U.detach().T)
+        self.U = nn.Parameter(self._owner.V.detach().T)
 
-    @property
-    def U(self) -> Tensor:
-        return self._owner.V.T
+    def _apply(self, fn: Any, recurse: bool = True) -> TiedComponents:
+        self.tie()  # the owner comes first in the module list and has been moved already
+        return self

@@ -267,12 +267,20 @@ class DecomposedModel(nn.Module):
 
     def faithfulness(self) -> dict[str, Tensor]:
         """Site name → ‖W − (V U)ᵀ‖²."""
-        errors: dict[str, Tensor] = {}
-        for name, site in self.sites.items():
-            if site.tied_to is not None:  # the same matrices, transposed
-                errors[name] = errors[site.tied_to]
-                continue
-            errors[name] = ops.faithfulness(
-                self.V(name), self.U(name), site.weight, backend=self.backend
-            )
-        return errors
+        return {
+            n: ops.faithfulness(self.V(n), self.U(n), s.weight, backend=self.backend)
+            for n, s in self.sites.items()
+        }
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters in groups to be updated one after the other: those of tied components share
+        storage with the first group's, and must not be written at the same time."""
+        tied = [
+            p
+            for name, site in self.sites.items()
+            if site.tied_to is not None
+            for p in self.components[_key(name)].parameters()
+        ]
+        aliases = set(map(id, tied))
+        free = [p for p in self.parameters() if id(p) not in aliases]
+        return [free, tied] if tied else [free]

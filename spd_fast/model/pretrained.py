@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -27,7 +28,7 @@ def weights_hash(sites: dict[str, Site]) -> str:
     digest = hashlib.sha256()
     for name, site in sites.items():
         digest.update(name.encode())
-        digest.update(site.weight.cpu().contiguous().numpy().tobytes())
+        digest.update(site.weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

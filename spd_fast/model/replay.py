@@ -20,13 +20,17 @@ __all__ = ["overridden_forwards", "prefixes"]
 def overridden_forwards(target: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Any:
     """Let the named submodules compute something else for a while, without touching their state."""
     modules = [(target.get_submodule(name), forward) for name, forward in forwards.items()]
+    # A module may carry a forward of its own already (as other libraries' hooks do): it comes back.
+    before = [(module, module.__dict__.get("forward")) for module, _ in modules]
     try:
         for module, forward in modules:
             object.__setattr__(module, "forward", forward)
         yield
     finally:
-        for module, _ in modules:
+        for module, own in before:
             module.__dict__.pop("forward", None)
+            if own is not None:
+                object.__setattr__(module, "forward", own)
 
 
 def _is_tensors(output: Any) -> TypeGuard[Tensor | tuple[Tensor, ...]]:

@@ -73,11 +73,13 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, S
         raise UserError("no sites: name at least one module, e.g. sites={'layers.*.mlp_in': 100}")
     modules = dict(target.named_modules())
     linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
+    if not linear:
+        raise UserError(f"the target ({type(target).__name__}) has no nn.Linear to decompose")
     chosen: dict[str, int] = {}
     for pattern, components in patterns.items():
         if isinstance(components, bool) or not isinstance(components, int) or components < 1:
             raise UserError(f"site {pattern!r} needs at least one component, got C = {components}")
-        matched = [n for n in linear if fnmatch.fnmatchcase(n, pattern)]
+        matched = [n for n in linear if n == pattern or fnmatch.fnmatchcase(n, pattern)]
         if not matched:
             if pattern in modules:
                 kind = type(modules[pattern]).__name__

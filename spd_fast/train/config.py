@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from spd_fast.errors import UserError, nearest
 
@@ -47,10 +48,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+def _not_a_bool(value: Any) -> Any:
+    # To Python `true` is the number 1; in a configuration it is a slip.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_not_a_bool)
+# YAML reads the preset `2026` as a number.
+_NAME = BeforeValidator(lambda value: str(value) if type(value) is int else value)
+# Sizes and steps have 31 bits: step numbers are words of the random counter.
+Count = Annotated[int, _NUMBER, Field(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, _NUMBER, Field(ge=0, lt=2**31)]
+Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1)]
 
 
 class _Strict(BaseModel):
@@ -63,7 +77,7 @@ class TMSTarget(_Strict):
     kind: Literal["tms"] = "tms"
     features: Count
     hidden: Count
-    identity_layers: Annotated[int, Field(ge=0)] = 0
+    identity_layers: CountOrZero = 0
     zero_bias: bool = False
     starts: Count = 32
     probability: Fraction = 0.05
@@ -132,7 +146,7 @@ class LossConfig(_Strict):
 class WarmUpConfig(_Strict):
     """Faithfulness warm-up: AdamW on V and U alone, its moments then discarded."""
 
-    steps: Annotated[int, Field(ge=0)]
+    steps: CountOrZero
     lr: Positive = 0.01
     weight_decay: NonNegative = 0.0
 
@@ -148,7 +162,7 @@ class TrainConfig(_Strict):
     lr: Positive
     lr_schedule: Literal["constant", "quarter_cosine", "cosine"]
     warm_up: WarmUpConfig
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, _NUMBER, Field(ge=0, lt=2**32)] = 0
     log_every: Count = 100
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2
@@ -158,13 +172,13 @@ class Config(TrainConfig):
     """A whole run: target, sites, model and training."""
 
     name: str
-    preset: Literal["paper", "2026"]
+    preset: Annotated[Literal["paper", "2026"], _NAME]
     target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
     sites: Annotated[dict[str, Count], Field(min_length=1)]
     ci_fn: Literal["mlp", "linear"] = "mlp"
     ci_hidden: tuple[Count, ...] = (16,)
-    sigmoid: Literal["paper", "2026", "hard", "normal"]
-    init: Literal["paper", "2026"]
+    sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], _NAME]
+    init: Annotated[Literal["paper", "2026"], _NAME]
     delta: bool
 
     @model_validator(mode="before")
@@ -201,7 +215,8 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A mistyped key or an unknown preset is often why others are missing: it comes first.
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")
     path = tuple(first["loc"])
     name = ".".join(str(p) for p in path if p not in ("tms", "resid_mlp")) or "configuration"
     if first["type"] == "extra_forbidden":
@@ -234,7 +249,7 @@ def load_config(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not plain YAML: {reason}") from None
     if not isinstance(data, dict):
@@ -250,7 +265,7 @@ def set_keys(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"--set needs key=value, got {assignment!r}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {key}: the value {text!r} is not plain YAML") from None
         change: Any = value
         parts = _site_aware_split(key)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
 from spd_fast.losses import LOSSES, Step, faithfulness
 from spd_fast.model import DecomposedModel
@@ -57,7 +58,7 @@ class Trainer:
         self.quiet = quiet
         self.step = 0
         self.coefficients = config.losses.coefficients()
-        self.optimizer = self._adamw(model.parameters(), config.lr, 0.0)
+        self.optimizer = self._adamw(model.parameter_groups(), config.lr, 0.0)
         self.device = next(model.parameters()).device
         self._gradients = [
             torch.tensor(c, device=self.device, dtype=next(model.parameters()).dtype)
@@ -65,8 +66,11 @@ class Trainer:
         ]
 
     @staticmethod
-    def _adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    def _adamw(
+        groups: list[list[nn.Parameter]], lr: float, weight_decay: float
+    ) -> torch.optim.AdamW:
+        named: list[dict[str, Any]] = [{"params": group} for group in groups]
+        return torch.optim.AdamW(named, lr=lr, weight_decay=weight_decay, fused=True)
 
     def fit(self) -> None:
         """Train from ``self.step`` to the end, with metrics and checkpoints on the way.
@@ -118,9 +122,11 @@ class Trainer:
     def warm_up(self) -> None:
         """Faithfulness alone, on V and U; its optimiser's moments are then forgotten."""
         warm_up = self.config.warm_up
-        optimizer = self._adamw(
-            self.model.components.parameters(), warm_up.lr, warm_up.weight_decay
-        )
+        components = set(map(id, self.model.components.parameters()))
+        groups = [
+            [p for p in group if id(p) in components] for group in self.model.parameter_groups()
+        ]
+        optimizer = self._adamw(groups, warm_up.lr, warm_up.weight_decay)
         for _ in range(warm_up.steps):
             optimizer.zero_grad(set_to_none=True)
             faithfulness(self.model).backward()
@@ -174,9 +180,19 @@ class Trainer:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self) -> None:
-        """Checkpoint the current step, if there is a folder."""
+        """Checkpoint the current step, if there is a folder.
+
+        Raises:
+            UserError: a parameter became NaN or infinite.
+        """
         if self.out is None:
             return
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(
+                    f"parameter {name!r} is not finite at step {self.step}; try a lower lr "
+                    f"({self.config.lr} now); checkpoints before it are kept"
+                )
         optimizer = {
             f"{index}.{name}": value.contiguous()
             for index, state in self.optimizer.state_dict()["state"].items()
@@ -229,4 +245,4 @@ def _truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    write_bytes(path, "".join(kept).encode())
