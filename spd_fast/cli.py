@@ -22,7 +22,6 @@ _UsageError: type[Exception] = next(
 app = typer.Typer(
     name="spd-fast",
     help="Stochastic Parameter Decomposition: find a network's mechanisms.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -126,7 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: exit status 0, or 2 with one line for a mistake of the user's."""
     warnings.showwarning = _warn
     try:
-        status = app(arguments, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        status = app(given or ["--help"], prog_name="spd-fast", standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except _UsageError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import sys
@@ -27,6 +28,7 @@ from spd_fast.evaluate import (
     reconstruction,
 )
 from spd_fast.experiments.recipes import expected_sites
+from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config, parse_config
@@ -44,6 +46,10 @@ __all__ = [
 ]
 
 EVALUATION_BATCH = 8192
+# What an eval.json must hold to be shown beside others.
+REQUIRED = {
+    "name", "seed", "recovered", "target_represents_all_features", "sites", "steps", "seconds",
+}  # fmt: skip
 
 
 @dataclass
@@ -70,6 +76,10 @@ class Run:
         return read_evaluation(self.folder)
 
 
+def _device_of(model: DecomposedModel) -> torch.device:
+    return next(model.parameters()).device
+
+
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """A run's eval.json.
 
@@ -77,10 +87,13 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         UserError: absent or unreadable.
     """
     try:
-        return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} holds no finished run ({reason})") from None
+    if not isinstance(evaluation, dict) or not REQUIRED.issubset(evaluation):
+        raise UserError(f"{folder / 'eval.json'} is not the evaluation of a run")
+    return evaluation
 
 
 def check_device(device: str | None, backend: str | None) -> torch.device:
@@ -104,21 +117,20 @@ def check_device(device: str | None, backend: str | None) -> torch.device:
     return chosen
 
 
-def _target_folder(config: Config) -> Path | None:
-    return None if config.target.path is None else Path(config.target.path)
-
-
 def _check_out(out: Path, config: Config, resume: bool) -> None:
     """Raise UserError unless ``out`` can take this run; nothing is written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--out {out} cannot be made: {parent} is no folder that can be written to")
     held = out / "config.yaml"
     if held.exists():
         if load_config(held) != json.loads(config.model_dump_json()):
             raise UserError(f"{out} already holds a different run; choose another --out")
         if not resume:
             raise UserError(f"{out} already holds this run; pass --resume to continue it")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; choose another --out")
 
 
@@ -140,42 +152,35 @@ def run(
     """
     chosen = check_device(device, backend)
     _check_out(out, config, resume)
-    given = _target_folder(config)
-    rehearsal = (
-        targets.make_target(config.target, config.seed)
-        if given is None
-        else targets.load_target(config.target, given)
-    )
-    _decompose(config, rehearsal, backend)
+    trained = _trained_target(config, out)
+    # Until everything is checked, an untrained network stands in for a target still to be trained.
+    target = targets.make_target(config.target, config.seed) if trained is None else trained
+    trainer = _trainer(config, target.to(chosen), out, backend, quiet)
+    _try_forwards(trainer)
+    resumed = resume and trained is not None and trainer.resume()
 
     out.mkdir(parents=True, exist_ok=True)
     write_bytes(out / "config.yaml", config.to_yaml().encode())
     write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
-    if given is not None:
-        target = rehearsal
-    else:
-        target = _trained_target(config, out / "target", quiet)
-    if given is not None or not (out / "target" / "config.json").exists():
+    if trained is None:
+        target = _train_target(config, out / "target", quiet)
+        trainer = _trainer(config, target.to(chosen), out, backend, quiet)
+        resumed = resume and trainer.resume()
+    elif config.target.path is not None:
         targets.save_target(target, config.target, out / "target")
-    model = _decompose(config, target.to(chosen), backend)
-    trainer = Trainer(model, config, _batches(config, chosen), out=out, quiet=quiet)
-    if resume and trainer.resume() and not quiet:
+    if resumed and not quiet:
         say(f"resuming at step {trainer.step} of {config.steps}")
     trainer.fit()
-    model.save_pretrained(out)
-    finished = Run(out, config, model)
+    trainer.model.save_pretrained(out)
+    finished = Run(out, config, trainer.model)
     evaluate_run(finished)
     return finished
 
 
-def _batches(config: Config, device: torch.device) -> targets.SparseFeatures:
-    return targets.feature_data(
-        config.target, config.batch_size, config.seed, "decompose", str(device)
-    )
-
-
-def _decompose(config: Config, target: nn.Module, backend: str | None) -> DecomposedModel:
-    return DecomposedModel(
+def _trainer(
+    config: Config, target: nn.Module, out: Path, backend: str | None, quiet: bool
+) -> Trainer:
+    model = DecomposedModel(
         target,
         config.sites,
         ci_fn=config.ci_fn,
@@ -186,12 +191,28 @@ def _decompose(config: Config, target: nn.Module, backend: str | None) -> Decomp
         seed=config.seed,
         backend=backend,
     )
+    batches = targets.feature_data(
+        config.target, config.batch_size, config.seed, "decompose", str(_device_of(model))
+    )
+    return Trainer(model, config, batches, out=out, quiet=quiet)
 
 
-def _trained_target(config: Config, folder: Path, quiet: bool) -> nn.Module:
-    """The run's own target: loaded where it was trained already, trained and saved otherwise."""
-    if (folder / "config.json").exists():
-        return targets.load_target(config.target, folder)
+def _try_forwards(trainer: Trainer) -> None:
+    """Forwards of one step, which show what the chosen backend or the sites cannot do."""
+    with torch.no_grad():
+        stochastic_recon(trainer.forwards(0))
+
+
+def _trained_target(config: Config, out: Path) -> nn.Module | None:
+    """The target given by path, or the one that this run has trained already, or None."""
+    if config.target.path is not None:
+        return targets.load_target(config.target, Path(config.target.path))
+    if (out / "target" / "config.json").exists():
+        return targets.load_target(config.target, out / "target")
+    return None
+
+
+def _train_target(config: Config, folder: Path, quiet: bool) -> nn.Module:
     with Progress("train target", config.target.steps, quiet=quiet) as progress:
         target, losses = targets.train_target(
             config.target, config.seed, lambda done: progress.update(done, "training the target")
@@ -249,7 +270,7 @@ def _peak_memory_mb(device: torch.device) -> float:
 def evaluate_run(run: Run) -> dict[str, Any]:
     """Evaluate the run's model against the known mechanisms and write eval.json."""
     config, model = run.config, run.model
-    device = next(model.parameters()).device
+    device = _device_of(model)
     features = config.target.features
     batch = targets.feature_data(
         config.target, EVALUATION_BATCH, config.seed, "evaluate", str(device)

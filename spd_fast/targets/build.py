@@ -98,9 +98,9 @@ def load_target(config: TargetConfig, folder: Path) -> nn.Module:
             f"{_architecture(config)}"
         )
     model = make_target(config, seed=0)
-    if isinstance(model, TMS):
-        tensors["linear2.weight"] = tensors["linear1.weight"].T
     try:
+        if isinstance(model, TMS):
+            tensors["linear2.weight"] = tensors["linear1.weight"].T
         model.load_state_dict(tensors)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -35,8 +35,14 @@ class TMS(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the second weight the first one's transpose again (after loading or moving)."""
+        """Make the second weight the first one's transpose again (after loading)."""
         self.linear2.weight = nn.Parameter(self.linear1.weight.detach().T, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TMS:
+        # Moving or casting gives every parameter a storage of its own.
+        super()._apply(fn, recurse)
+        self.tie()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear1(x)
