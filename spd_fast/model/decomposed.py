@@ -58,6 +58,13 @@ def _capture(name: str, forward: Callable[..., Any], clean: CleanForward) -> Cal
     return captured
 
 
+class _BySite(nn.ModuleDict):
+    """Modules by site, which may be called like a method: ``keys``, ``values``."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
 class DecomposedModel(nn.Module):
     """A target network whose sites are decomposed into rank-one components.
 
@@ -108,8 +115,8 @@ class DecomposedModel(nn.Module):
         self.delta = delta
         self.backend = backend
         self._prefixes: dict[str, tuple[str, ...]] | None = None  # known after the first forward
-        self.components = nn.ModuleDict()
-        self.ci_fns = nn.ModuleDict()
+        self.components = _BySite()
+        self.ci_fns = _BySite()
         generator = torch.Generator().manual_seed(seed)
         for name, site in self.sites.items():
             if site.tied_to is None:
