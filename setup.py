@@ -1,7 +1,8 @@
 """Builds spd_fast, and its C++ extension where a compiler and torch are at hand.
 
-The extension is optional: whatever goes wrong, one message says so and the package installs without it; every operation
-then runs on the reference backend. SPD_FAST_SKIP_EXTENSION=1 skips it on purpose.
+The extension is optional: whatever goes wrong, one message says so and the package installs without
+it; every operation then runs on the reference backend. SPD_FAST_SKIP_EXTENSION=1 skips it on
+purpose.
 """
 
 from __future__ import annotations
@@ -48,8 +49,16 @@ def compiles(command: list[str], flags: list[str]) -> bool:
     """Whether the compiler makes a shared library from a program that uses `flags`."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <cmath>\nextern \"C\" int probe() { return 0; }\n")
-        run = [*command, *flags, "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
+        source.write_text('#include <cmath>\nextern "C" int probe() { return 0; }\n')
+        run = [
+            *command,
+            *flags,
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(Path(folder, "probe.so")),
+        ]
         try:
             return subprocess.run(run, capture_output=True, check=False).returncode == 0
         except OSError:
@@ -59,7 +68,8 @@ def compiles(command: list[str], flags: list[str]) -> bool:
 def compile_flags(command: list[str]) -> tuple[list[str], list[str]]:
     """Flags for compiling and linking.
 
-    -ffp-contract=off: masks must round like the reference; kernels ask for fused operations by name.
+    -ffp-contract=off: masks must round like the reference; kernels ask for fused operations by
+    name.
     -fno-math-errno, -fno-trapping-math: let comparisons and square roots vectorise; infinities and
     NaNs keep their meaning, unlike under -ffast-math.
     """
@@ -122,7 +132,10 @@ def extension() -> dict:
     return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
 
 
-packages = ["spd_fast", *(f"spd_fast.{room}" for room in ROOMS if (ROOT / "spd_fast" / room).is_dir())]
+packages = [
+    "spd_fast",
+    *(f"spd_fast.{room}" for room in ROOMS if (ROOT / "spd_fast" / room).is_dir()),
+]
 package_dir = {}
 if (ROOT / "kernels").is_dir():
     packages.append("spd_fast.kernels")

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against the formulas in float64, for every mask kind and every gradient."""
+"""The compiled CPU kernels against the formulas in float64: every mask kind, every gradient."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from spd_fast import _extension
 _C = _extension.module()
 pytestmark = pytest.mark.skipif(_C is None, reason=str(_extension.unavailable_reason()))
 
-# Error of a float32 result, relative to the largest entry, that is noise whatever the eager error is.
+# Relative error that is rounding noise, whatever the eager error is.
 FLOOR = {torch.float32: 4e-7, torch.float64: 2e-14}
 
 
@@ -26,7 +26,7 @@ def random(seed, *shape, scale=1.0):
 def assert_close(name, got, eager, oracle):
     """The error of `got` is at most twice that of `eager`, both against the float64 oracle.
 
-    Errors are relative to the largest entry, or to one, the size of the inputs, where that is larger.
+    Errors are relative to the largest entry, or to one, the size of the inputs, if larger.
     """
     assert got is not None, name
     assert got.shape == oracle.shape, (name, got.shape, oracle.shape)
@@ -142,7 +142,14 @@ def select_isa(monkeypatch, isa):
         pytest.skip(f"this machine has no {isa}")
 
 
-SHAPES = [(0, 5, 7, 2), (1, 3, 1, 1), (7, 1, 5, 3), (300, 5, 20, 2), (517, 13, 37, 11), (700, 40, 70, 10)]
+SHAPES = [
+    (0, 5, 7, 2),
+    (1, 3, 1, 1),
+    (7, 1, 5, 3),
+    (300, 5, 20, 2),
+    (517, 13, 37, 11),
+    (700, 40, 70, 10),
+]
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -178,7 +185,9 @@ def run_gate(tensors, grads, options, fused):
         total = sum((o * g).sum() for o, g in terms if o is not None and g is not None)
         # Keeps every leaf in the graph where an output is not used.
         total = total + 0 * h.sum() + 0 * lower.sum()
-        return (h, lower, sums), torch.autograd.grad(total, args, allow_unused=True, materialize_grads=True)
+        return (h, lower, sums), torch.autograd.grad(
+            total, args, allow_unused=True, materialize_grads=True
+        )
     outputs = _C.gate_forward(*args, *options)
     x, V, *rest = args
     return outputs, _C.gate_backward(*grads, x, V, outputs[0], *rest, *options, True)
@@ -207,11 +216,15 @@ def test_gate(shape, hidden, sigmoid, penalty, power, dtype, path, isa):
     tensors = {k: v.to(dtype) for k, v in exact.items()}
     grads = [g.to(dtype) for g in exact_grads]
     # The oracle starts from the rounded inputs.
-    oracle = run_gate({k: v.double() for k, v in tensors.items()}, [g.double() for g in grads], options, False)
+    oracle = run_gate(
+        {k: v.double() for k, v in tensors.items()}, [g.double() for g in grads], options, False
+    )
     eager = run_gate(tensors, grads, options, False)
     before = [t.clone() for t in [*tensors.values(), *grads]]
     fused = run_gate(tensors, grads, options, True)
-    for name, got, other, truth in zip(("inner", "lower", "penalty"), fused[0], eager[0], oracle[0], strict=True):
+    for name, got, other, truth in zip(
+        ("inner", "lower", "penalty"), fused[0], eager[0], oracle[0], strict=True
+    ):
         if truth is not None:
             assert_close(name, got, other.detach(), truth.detach())
     for name, got, other, truth in zip(exact, fused[1], eager[1], oracle[1], strict=True):
@@ -250,7 +263,9 @@ def linear_case(rows, d_in, components, d_out, mask, delta, routed, with_inner, 
         "delta": random(8, rows).abs().clamp(0, 1) if delta == "given" else None,
         "grad_y": random(9, rows, d_out),
     }
-    key = torch.tensor([11, 17]) if "key" in mask or "binomial" in mask or delta == "random" else None
+    key = (
+        torch.tensor([11, 17]) if "key" in mask or "binomial" in mask or delta == "random" else None
+    )
     routing = random(10, rows) > 0 if routed else None
     return t, key, routing
 
@@ -258,11 +273,24 @@ def linear_case(rows, d_in, components, d_out, mask, delta, routed, with_inner, 
 def run_linear(t, key, routing, binomial, random_delta, fused):
     draw, site, offset = 2, 3, 1000
     if fused:
-        recipe = dict(
-            x=t["x"], inner=t["inner"], V=t["V"], U=t["U"], lower=t["lower"], source=t["source"], key=key,
-            draw=draw, site=site, row_offset=offset, binomial=binomial, delta=t["delta"],
-            random_delta=random_delta, weight=t["weight"], bias=t["bias"], routing=routing,
-        )
+        recipe = {
+            "x": t["x"],
+            "inner": t["inner"],
+            "V": t["V"],
+            "U": t["U"],
+            "lower": t["lower"],
+            "source": t["source"],
+            "key": key,
+            "draw": draw,
+            "site": site,
+            "row_offset": offset,
+            "binomial": binomial,
+            "delta": t["delta"],
+            "random_delta": random_delta,
+            "weight": t["weight"],
+            "bias": t["bias"],
+            "routing": routing,
+        }
         y = _C.component_linear_forward(**recipe)
         needs = {f"need_{n}": t[n] is not None for n in NAMES}
         grads = _C.component_linear_backward(grad_y=t["grad_y"], **recipe, **needs)
@@ -275,8 +303,16 @@ def run_linear(t, key, routing, binomial, random_delta, fused):
         r = (u[:, :components] >= 0.5).to(u.dtype) if binomial else u[:, :components]
         delta = u[:, components] if random_delta else delta
     y = eager_linear(
-        leaves["x"], leaves["inner"], leaves["V"], leaves["U"], leaves["lower"], r, delta, t["weight"],
-        leaves["bias"], routing,
+        leaves["x"],
+        leaves["inner"],
+        leaves["V"],
+        leaves["U"],
+        leaves["lower"],
+        r,
+        delta,
+        t["weight"],
+        leaves["bias"],
+        routing,
     )
     used = {n: v for n, v in leaves.items() if v is not None}
     grads = torch.autograd.grad(y, list(used.values()), t["grad_y"], allow_unused=True)
@@ -326,13 +362,17 @@ def test_component_linear(mask, delta, routed, with_inner, dtype, path):
 def test_component_linear_shapes(shape, mask, dtype, path, isa):
     rows, d_in, components, d_out = shape
     for delta, routed, with_inner in (("none", False, True), ("given", True, False)):
-        t, key, routing = linear_case(rows, d_in, components, d_out, mask, delta, routed, with_inner, routed)
+        t, key, routing = linear_case(
+            rows, d_in, components, d_out, mask, delta, routed, with_inner, routed
+        )
         check_linear(t, key, routing, False, False, dtype)
 
 
 def test_tied_parameters_and_other_layouts(path):
     rows, d_in, components, d_out = 130, 6, 10, 4
-    t, key, _ = linear_case(rows, d_in, components, d_out, "lower_key", "random", False, False, True)
+    t, key, _ = linear_case(
+        rows, d_in, components, d_out, "lower_key", "random", False, False, True
+    )
     expected = run_linear(t, key, None, False, True, True)
     strided = dict(t)
     for name in ("x", "V", "U", "weight", "lower", "grad_y"):
@@ -382,7 +422,9 @@ def test_faithfulness(shape, dtype):
 def everything(dtype):
     tensors = {k: v.to(dtype) for k, v in gate_tensors(2100, 10, 50, 16).items()}
     grads = [random(7, 2100, 50).to(dtype), random(8, 2100, 50).to(dtype), random(9, 50).to(dtype)]
-    results = [t for part in run_gate(tensors, grads, ("paper", "lp", 2.0, 1e-12), True) for t in part]
+    results = [
+        t for part in run_gate(tensors, grads, ("paper", "lp", 2.0, 1e-12), True) for t in part
+    ]
     t, key, routing = linear_case(2100, 10, 50, 12, "lower_key", "random", True, False, True)
     y, out = run_linear(cast(t, dtype), key, routing, False, True, True)
     return [*results, y, *(g for g in out.values() if g is not None)]
@@ -421,7 +463,21 @@ def test_masks_agree_across_instruction_sets(monkeypatch):
             except RuntimeError:
                 continue
             y = _C.component_linear_forward(
-                ones, ones, None, torch.eye(components), lower, None, key, 1, 2, 3, False, None, False, None, None,
+                ones,
+                ones,
+                None,
+                torch.eye(components),
+                lower,
+                None,
+                key,
+                1,
+                2,
+                3,
+                False,
+                None,
+                False,
+                None,
+                None,
                 None,
             )
             assert torch.equal(y, expected), name
@@ -446,10 +502,24 @@ def test_errors_name_the_argument():
     t, _, _ = linear_case(8, 3, 5, 2, "lower", "none", False, True, False)
 
     def call(**changes):
-        recipe = dict(
-            x=t["x"], inner=t["inner"], V=None, U=t["U"], lower=t["lower"], source=None, key=None, draw=0, site=0,
-            row_offset=0, binomial=False, delta=None, random_delta=False, weight=None, bias=None, routing=None,
-        )
+        recipe = {
+            "x": t["x"],
+            "inner": t["inner"],
+            "V": None,
+            "U": t["U"],
+            "lower": t["lower"],
+            "source": None,
+            "key": None,
+            "draw": 0,
+            "site": 0,
+            "row_offset": 0,
+            "binomial": False,
+            "delta": None,
+            "random_delta": False,
+            "weight": None,
+            "bias": None,
+            "routing": None,
+        }
         return _C.component_linear_forward(**{**recipe, **changes})
 
     call()
@@ -463,6 +533,12 @@ def test_errors_name_the_argument():
         call(random_delta=True, weight=t["weight"])
     with pytest.raises(ValueError, match="d_in 4 but x has 3"):
         _C.gate_forward(
-            t["x"], torch.ones(4, 5).double(), *(torch.ones(5, 1).double() for _ in range(3)),
-            torch.ones(5).double(), "paper", "lp", 1.0, 0.0,
+            t["x"],
+            torch.ones(4, 5).double(),
+            *(torch.ones(5, 1).double() for _ in range(3)),
+            torch.ones(5).double(),
+            "paper",
+            "lp",
+            1.0,
+            0.0,
         )
