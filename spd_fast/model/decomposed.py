@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spd_fast import ops
+from spd_fast._seeds import mixed_seed
 from spd_fast.errors import UserError, nearest
 from spd_fast.model.ci_fns import CIFnKind, MLPGate, make_ci_fn
 from spd_fast.model.components import Components, Init, TiedComponents
@@ -117,7 +118,7 @@ class DecomposedModel(nn.Module):
         self._prefixes: dict[str, tuple[str, ...]] | None = None  # known after the first forward
         self.components = _BySite()
         self.ci_fns = _BySite()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise components"))
         for name, site in self.sites.items():
             if site.tied_to is None:
                 self.components[_key(name)] = Components(site, init, generator)

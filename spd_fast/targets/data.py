@@ -7,24 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_fast._seeds import mixed_seed
+
 __all__ = ["SparseFeatures"]
-
-# Distinct streams never share a batch: training a target, decomposing it, evaluating.
-STREAMS = {"target": 0, "decompose": 1, "evaluate": 2}
-
-
-def _mix(seed: int, stream: int, step: int) -> int:
-    """A 63-bit generator seed in which every bit depends on all of (seed, stream, step).
-
-    The splitmix64 finaliser, because torch's CPU generator reads the low 32 bits of a seed only.
-    """
-    x = (seed << 34) ^ (stream << 32) ^ step
-    for _ in range(2):
-        x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        x ^= x >> 31
-    return x >> 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ class SparseFeatures:
     def __call__(self, step: int) -> Tensor:
         """The batch of a step, [batch_size, features], float32."""
         generator = torch.Generator(self.device)
-        generator.manual_seed(_mix(self.seed, STREAMS[self.stream], step))
+        generator.manual_seed(mixed_seed(self.seed, self.stream, step))
         shape = (2, self.batch_size, self.features)
         present, value = torch.rand(shape, generator=generator, device=self.device)
         value = value.mul_(self.high - self.low).add_(self.low)

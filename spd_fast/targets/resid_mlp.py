@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd_fast._seeds import mixed_seed
 from spd_fast.targets.data import SparseFeatures
 
 __all__ = ["ResidMLP", "train_resid_mlp"]
@@ -45,7 +46,7 @@ class ResidMLP(nn.Module):
 
     def __init__(self, features: int, d_embed: int, d_mlp: int, layers: int, seed: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise target"))
         embedding = torch.randn(features, d_embed, generator=generator)
         self.embedding = _Embedding(embedding / embedding.norm(dim=1, keepdim=True))
         blocks = [_Layer(d_embed, d_mlp) for _ in range(layers)]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd_fast._seeds import mixed_seed
 from spd_fast.targets.data import SparseFeatures
 
 __all__ = ["PROBE", "TMS", "represented_features", "train_tms"]
@@ -82,7 +83,7 @@ def train_tms(
     Returns:
         the loss at every hundredth of the way.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise target"))
     for start in range(starts):
         _initialise(model, zero_bias, generator)
         losses = []
