@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def decomposed(seed: int = 0, **options: Any) -> DecomposedModel:
-    """``Net`` decomposed in float64 by the reference; importances all over [0, 1]."""
+    """``Net`` decomposed in float64 by the reference backend."""
     options = {"backend": "reference", "ci_hidden": (3,), "seed": seed} | options
     return DecomposedModel(Net(seed), SITES, **options)
 
@@ -137,7 +137,11 @@ def gradients(model: DecomposedModel, value: Tensor) -> dict[str, Tensor]:
     weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
     named = dict(model.named_parameters())
     grads = torch.autograd.grad(
-        (value * weights).sum(), list(named.values()), allow_unused=True, materialize_grads=True
+        (value * weights).sum(),
+        list(named.values()),
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(named, grads, strict=True))
 

@@ -42,7 +42,10 @@ def save_pretrained(model: DecomposedModel, folder: str | Path) -> None:
         **model.options,
         "target_weights_sha256": weights_hash(model.sites),
     }
-    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    # Copies, for tied components share a storage, which the format does not know.
+    tensors = {
+        k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()
+    }
     write_bytes(folder / "model.safetensors", save(tensors))
     write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 

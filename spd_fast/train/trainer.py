@@ -198,7 +198,11 @@ class Trainer:
             for index, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        model = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+        # Copies, for tied components share a storage, which the format does not know.
+        model = {
+            k: v.clone(memory_format=torch.contiguous_format)
+            for k, v in self.model.state_dict().items()
+        }
         checkpoint = Checkpoint(self.step, model, optimizer, self._run_id())
         save_checkpoint(self.out / "checkpoints", checkpoint, self.config.keep_checkpoints)
 
