@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["PAPER", "results_table"]
+__all__ = ["PAPER", "PAPER_APD", "mean_and_spread", "results_table"]
 
 # arXiv 2506.20790, table 1: experiment → (MMCS ±, ML2R ±), on linear1, over features of one run.
 PAPER: dict[str, tuple[str, str]] = {
@@ -14,10 +14,21 @@ PAPER: dict[str, tuple[str, str]] = {
     "tms_5-2-id": ("1.000 ± .000", "0.992 ± .010"),
     "tms_40-10-id": ("1.000 ± .000", "1.031 ± .001"),
 }
+# The same table's values for its predecessor, APD.
+PAPER_APD: dict[str, tuple[str, str]] = {
+    "tms_5-2": ("0.998", "0.893 ± .004"),
+    "tms_40-10": ("0.996 ± .003", "0.935 ± .001"),
+}
 HEADER = (
     "experiment", "seed", "recovered", "MMCS paper", "MMCS ours", "ML2R paper", "ML2R ours",
     "live", "steps", "time",
 )  # fmt: skip
+
+
+def mean_and_spread(text: str) -> tuple[float, float]:
+    """0.993 ± .002 as two numbers; no spread is 0."""
+    mean, _, spread = text.partition("±")
+    return float(mean), float(spread or 0)
 
 
 def _duration(seconds: float) -> str:
