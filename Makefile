@@ -32,6 +32,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The C++ tests under AddressSanitizer and UBSan. The two `uninitialized` warnings are g++ 12's own,
+# in its AVX-512 headers.
+sanitize:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+	  -fno-sanitize-recover=all -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra \
+	  -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Wno-ignored-attributes -pthread \
+	  csrc/tests/test_kernels.cpp csrc/cpu/*.cpp -o build/test_kernels_sanitized
+	./build/test_kernels_sanitized
+
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term
 

@@ -23,6 +23,16 @@ def module() -> ModuleType | None:
     return _load()[0]
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees instead of faulting it in again every step.
+
+    Process-wide (mallopt), hence for programs to call, not for a library; nothing without the
+    extension.
+    """
+    if (extension := module()) is not None:
+        extension.keep_freed_memory()
+
+
 def unavailable_reason() -> str | None:
     """Why `module()` is None; None where the extension works."""
     return _load()[1]

@@ -52,7 +52,7 @@ def run(
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
 ) -> None:
     """Decompose a network, evaluate the result and write a report."""
-    from spd_fast import experiments
+    from spd_fast import _extension, experiments
     from spd_fast.report import results_table, write_report
     from spd_fast.train import parse_config, set_keys
 
@@ -60,6 +60,7 @@ def run(
     changes += [f"{k}={v}" for k, v in (("seed", seed), ("steps", steps)) if v is not None]
     config = parse_config(set_keys(experiments.recipe(experiment), changes))
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
+    _extension.keep_freed_memory()
     finished = experiments.run(
         config, folder, device=device, backend=backend, resume=resume, quiet=quiet
     )
