@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 BINS = 50
+# A verdict that names more sites than this one by one is no headline any more.
+NAMED_SITES = 4
 # Gate neurons evaluated for the importance statistics, over all sites and samples.
 NEURON_BUDGET = 2**29
 CHUNK_NEURONS = 2**24
@@ -116,6 +118,10 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
     wrong = [f"{count(error, 'entry')} at {name}" for name, error in errors.items() if error]
     if wrong:
         passed = [name for name, error in errors.items() if not error]
+        if len(wrong) > NAMED_SITES:
+            worst = sorted(errors, key=lambda name: -errors[name])[:NAMED_SITES]
+            total = f"{count(sum(errors.values()), 'entry')} over {len(wrong)} of {len(errors)}"
+            wrong = [f"{total} sites, most of them at {_listed(worst)}"]
         check = f"The importances contradict the known mechanisms in {_listed(wrong)}."
         if passed:
             check += f" Without contradiction: {_listed(passed)}."

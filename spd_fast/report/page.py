@@ -361,7 +361,7 @@ def write_report(run: Run) -> Path:
                 "Mean between two log lines. Good: flat; bumps are other work on the machine.",
             ),
         }  # fmt: skip
-    changes = recipe_changes(config)
+    changes, rows = recipe_changes(config), _site_rows(facts)
     context |= {
         "name": config.name,
         "seed": config.seed,
@@ -370,7 +370,8 @@ def write_report(run: Run) -> Path:
         "config": config,
         "changes": changes,
         "evaluation": evaluation,
-        "site_rows": _site_rows(facts),
+        "site_rows": rows,
+        "by_feature": any(row["MMCS"] != "—" for row in rows),
         "table1": _table1(facts) if config.name in PAPER else None,
         "reconstruction": [
             (*MASKS.get(k, (k, "")), number(evaluation["reconstruction"][k]))

@@ -265,6 +265,11 @@ def test_verdict_missed_names_sites_and_entries() -> None:
     assert "Without contradiction: s0" in said.reason
 
 
+def test_verdict_over_many_sites_stays_short() -> None:
+    reason = verdict(evaluation(0, 1, 5, 4, 3, 2, 6)).reason
+    assert "21 entries over 6 of 7 sites, most of them at s6, s2, s3 and s4" in reason
+
+
 @pytest.mark.parametrize("errors", [(0, 0), (0, 2)])
 def test_verdict_of_an_incomplete_target_counts_for_neither_side(errors: tuple[int, ...]) -> None:
     said = verdict(evaluation(*errors, missing=(1, 4)))
