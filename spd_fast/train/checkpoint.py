@@ -40,7 +40,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{checkpoint.step}"
     aside = folder / f".step_{checkpoint.step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    replaced = folder / f".step_{checkpoint.step}.old"
+    for leftover in (aside, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         aside.mkdir()
         write_bytes(aside / "model.safetensors", save(checkpoint.model))
@@ -48,13 +50,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         state = {"format": FORMAT, "step": checkpoint.step, "run": checkpoint.run}
         write_bytes(aside / "state.json", json.dumps(state).encode())
         sync_folder(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
         aside.rename(final)
         sync_folder(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
         raise
-    for old in _numbered(folder)[:-keep]:
+    for old in (replaced, *_numbered(folder)[:-keep]):
         shutil.rmtree(old, ignore_errors=True)
     return final
 

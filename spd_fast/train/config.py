@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,7 +119,8 @@ class MinimalityConfig(_Strict):
         if self.p_final is None:
             return self.p
         width = self.p_anneal_end - self.p_anneal_start
-        done = (fraction - self.p_anneal_start) / width if width > 0 else math.inf
+        past = fraction - self.p_anneal_start
+        done = past / width if width > 0 else float(past >= 0)
         return self.p + (self.p_final - self.p) * min(max(done, 0.0), 1.0)
 
 
@@ -215,8 +215,8 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
 
 
 def _one_line(error: ValidationError) -> str:
-    # A mistyped key or an unknown preset is often why others are missing: it comes first.
-    first = min(error.errors(), key=lambda e: e["type"] == "missing")
+    # A mistyped key or no preset is often why others are missing: it comes first.
+    first = min(error.errors(), key=lambda e: e["type"] == "missing" and e["loc"] != ("preset",))
     path = tuple(first["loc"])
     name = ".".join(str(p) for p in path if p not in ("tms", "resid_mlp")) or "configuration"
     if first["type"] == "extra_forbidden":

@@ -1,0 +1,50 @@
+"""Files that are wholly there or not at all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from spd_fast._files import sync_folder, write_bytes
+
+
+def test_a_file_holds_what_was_written(tmp_path):
+    write_bytes(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+
+
+def test_an_older_file_is_replaced(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"an older and longer one")
+    write_bytes(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interruption_keeps_the_older_file_and_leaves_no_other(tmp_path, monkeypatch, error):
+    (tmp_path / "a.json").write_bytes(b"old")
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
+        write_bytes(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a.json", []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(path.exists()))
+    write_bytes(path, b"new")
+    assert seen == [False]
+
+
+def test_a_folder_can_be_flushed(tmp_path):
+    sync_folder(tmp_path)
+
+
+def test_a_folder_that_is_missing_cannot_be_flushed(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        sync_folder(tmp_path / "none")
