@@ -28,9 +28,15 @@ _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run in this process, or None if it can."""
+    # torch.compile takes the answer as a constant: it cannot trace the imports behind it.
+    return _find_reason(backend)
+
+
+@functools.cache
+def _find_reason(backend: str) -> str | None:
     if backend in ("auto", "reference"):
         return None
     if backend == "cpu":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spd_fast.ops._library import LIBRARY
 
-__all__ = ["kernel", "load", "unsupported_dtype"]
+__all__ = ["kernel", "load", "unsupported_dtype", "unsupported_weight"]
 
 PRIMITIVES = (
     "gate_forward",
@@ -23,9 +23,15 @@ PRIMITIVES = (
 )
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def load(backend: str) -> None:
     """Register the kernels of ``backend`` for its device; the second call does nothing."""
+    # torch.compile calls it while tracing and keeps nothing of it in the graph.
+    _register(backend)
+
+
+@functools.cache
+def _register(backend: str) -> None:
     if backend == "cpu":
         from spd_fast import _extension
 
@@ -50,6 +56,13 @@ def _extension_function(name: str) -> Callable[..., Any]:
     from spd_fast import _extension
 
     return getattr(_extension.module(), name)
+
+
+def unsupported_weight(weight: Tensor | None) -> str | None:
+    """Why no fused backend can take ``weight``, or None."""
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return "it computes no gradient of the weight"
+    return None
 
 
 def unsupported_dtype(backend: str, tensor: Tensor) -> str | None:

@@ -227,7 +227,13 @@ def component_linear(
         None if mask.routing is None else mask.routing.reshape(-1),
     )
     chosen = backends.resolve(
-        backend, x.device, "component_linear", lambda name: _fused.unsupported_dtype(name, x)
+        backend,
+        x.device,
+        "component_linear",
+        lambda name: (
+            _fused.unsupported_weight(weight if mask.needs_weight else None)
+            or _fused.unsupported_dtype(name, x)
+        ),
     )
     if chosen == "reference":
         y = _reference(*arguments)

@@ -33,7 +33,7 @@ def _(V: Tensor, U: Tensor, weight: Tensor) -> Tensor:
     "faithfulness_backward(Tensor grad, Tensor V, Tensor U, Tensor weight) -> (Tensor, Tensor)"
 )
 def _(grad: Tensor, V: Tensor, U: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(V), torch.empty_like(U)
+    return V.new_empty(V.shape), U.new_empty(U.shape)
 
 
 class _Faithfulness(torch.autograd.Function):
@@ -57,15 +57,22 @@ def faithfulness(V: Tensor, U: Tensor, weight: Tensor, *, backend: str | None = 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if V.shape[1] != U.shape[0] or weight.shape != (U.shape[1], V.shape[0]):
+    if (
+        (V.ndim, U.ndim) != (2, 2)
+        or V.shape[1] != U.shape[0]
+        or weight.shape != (U.shape[1], V.shape[0])
+    ):
         raise ValueError(
             f"V {tuple(V.shape)}, U {tuple(U.shape)} and weight {tuple(weight.shape)} do not fit: "
             "need V [d_in, C], U [C, d_out], weight [d_out, d_in]"
         )
     chosen = backends.resolve(
-        backend, V.device, "faithfulness", lambda name: _fused.unsupported_dtype(name, V)
+        backend,
+        V.device,
+        "faithfulness",
+        lambda name: _fused.unsupported_weight(weight) or _fused.unsupported_dtype(name, V),
     )
-    if chosen == "reference" or weight.requires_grad:
+    if chosen == "reference":
         return _reference(V, U, weight)
     _fused.load(chosen)
     return _Faithfulness.apply(V, U, weight)

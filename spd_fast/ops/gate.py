@@ -115,7 +115,7 @@ def _(
 ) -> tuple[Tensor | None, ...]:
     grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in
              (V, w_in, b_in, w_out, b_out))  # fmt: skip
-    return (torch.empty_like(x) if need_grad_x else None, *grads)
+    return (x.new_empty(x.shape) if need_grad_x else None, *grads)
 
 
 class _Gate(torch.autograd.Function):
@@ -178,6 +178,8 @@ def gate(
         ValueError: shapes that do not fit. UserError: unknown sigmoid or backend.
     """
     check_sigmoid(sigmoid)
+    if V.ndim != 2:
+        raise ValueError(f"V is {tuple(V.shape)}, need [d_in, C]")
     if x.shape[-1] != V.shape[0]:
         raise ValueError(f"V has d_in {V.shape[0]} but x has {x.shape[-1]} columns")
     components = V.shape[1]

@@ -82,7 +82,9 @@ def _words(source: RandomSource, rows: int, groups: Tensor) -> Tensor:
 
 def _to_unit(words: Tensor, dtype: torch.dtype) -> Tensor:
     # 24 bits: every value is exact in float32, so all dtypes and backends agree bit for bit.
-    return (words >> 8).to(dtype) * 2.0**-24
+    # Narrower dtypes round that value: 2²⁴ itself is beyond float16.
+    exact = dtype if dtype == torch.float64 else torch.float32
+    return ((words >> 8).to(exact) * 2.0**-24).to(dtype)
 
 
 def uniform(
@@ -95,7 +97,7 @@ def uniform(
     """
     groups = torch.arange((columns + 3) // 4, device=source.key.device, dtype=torch.int64)
     words = _words(source, rows, groups)
-    return _to_unit(words.reshape(rows, -1)[:, :columns], dtype)
+    return _to_unit(words.flatten(1)[:, :columns], dtype)
 
 
 def uniform_column(
