@@ -52,7 +52,7 @@ def _find_reason(backend: str) -> str | None:
             import triton  # noqa: F401
         except ImportError as error:
             return f"Triton cannot be imported ({error})"
-        return "this version has no Triton kernels yet"
+        return None
     if backend == "cuda":
         return "this version has no CUDA kernels yet"
     raise UserError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")

@@ -39,6 +39,12 @@ def _register(backend: str) -> None:
         for name in PRIMITIVES:
             LIBRARY.impl(name, getattr(module, name), "CPU")
         return
+    if backend == "triton":
+        from spd_fast.kernels import primitives
+
+        for name, function in primitives.TABLE.items():
+            LIBRARY.impl(name, function, "CUDA")
+        return
     raise NotImplementedError(f"no kernels for backend {backend!r}")
 
 
@@ -69,4 +75,6 @@ def unsupported_dtype(backend: str, tensor: Tensor) -> str | None:
     """Why ``backend`` cannot compute in the dtype of ``tensor``, or None."""
     if backend == "cpu" and tensor.dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {tensor.dtype}"
+    if backend == "triton" and tensor.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 and bfloat16, not {tensor.dtype}"
     return None

@@ -1,0 +1,157 @@
+"""Tile choices: shipped defaults, small candidate sets, a tuner that is off until asked for.
+
+The first configuration of a set is the shipped default, so that a first call never tunes.
+SPD_FAST_TUNE=1 times the candidates once per (architecture, kernel, dtype, shape) and remembers the
+winner in a file; torch.use_deterministic_algorithms(True) pins the shipped default, because tiles
+decide the order of partial sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["CONFIGS", "Config", "candidates", "launch", "pick"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (constexpr arguments of the kernel), warps and pipeline depth."""
+
+    blocks: dict[str, int] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __str__(self) -> str:
+        tiles = "x".join(str(v) for v in self.blocks.values())
+        return f"{tiles} w{self.num_warps} s{self.num_stages}"
+
+
+def _tile(n: int, c: int, k: int | None = None, *, warps: int = 4, stages: int = 1) -> Config:
+    blocks = {"BLOCK_N": n, "BLOCK_C": c}
+    if k is not None:
+        blocks["BLOCK_K"] = k
+    return Config(blocks, warps, stages)
+
+
+# kernel → operand class → candidates. "mma": bf16 or tf32 products on matrix units; "ieee": fp32
+# products on the fp32 pipe (toys); "any": no product in the kernel.
+CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
+    "gate_forward": {
+        "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
+        "ieee": (_tile(32, 32, 16, stages=2),),
+        "any": (_tile(64, 32), _tile(32, 64)),
+    },
+    "gate_backward": {"any": (_tile(64, 32), _tile(32, 64))},
+    "mask_forward": {
+        "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
+        "ieee": (_tile(32, 32, 16, stages=2),),
+        "any": (_tile(32, 64), _tile(16, 128)),
+    },
+    "mask_backward": {
+        "mma": (_tile(64, 32, 32, stages=3), _tile(128, 32, 32, warps=8, stages=3)),
+        "ieee": (_tile(32, 32, 16, stages=2),),
+        "any": (_tile(16, 64), _tile(32, 64)),
+    },
+    "small_forward": {
+        "mma": (_tile(64, 32, 32, stages=2),),
+        "ieee": (_tile(32, 16, 16), _tile(16, 32, 16)),
+    },
+    "importances": {"any": (_tile(64, 64), _tile(32, 128))},
+    "embedding_segments": {"any": (Config({"BLOCK_C": 256}), Config({"BLOCK_C": 512}))},
+    "squared_error": {"any": (Config({"BLOCK": 1024}), Config({"BLOCK": 2048}, 8))},
+    "kl": {"any": (Config({"BLOCK": 2048}, 8), Config({"BLOCK": 4096}, 16))},
+}
+
+
+def operand_class(tensor: Tensor) -> str:
+    if tensor.dtype != torch.float32:
+        return "mma"
+    return "mma" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def candidates(kernel: str, operands: str) -> Sequence[Config]:
+    return CONFIGS[kernel][operands]
+
+
+def launch(kernel: Any, like: Tensor, grid: Any, *args: Any, config: Config | None = None,
+           **constants: Any) -> None:  # fmt: skip
+    """Run ``kernel`` on the device and current stream of ``like``.
+
+    Fusing a product with a sum is off unless a kernel writes tl.fma: masks must round like the
+    reference, and Triton's own default differs between versions.
+    """
+    options: dict[str, Any] = {"enable_fp_fusion": False}
+    if config is not None:
+        options |= {**config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+    with device:
+        kernel[grid](*args, **constants, **options)
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("SPD_FAST_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "spd_fast" / "tuning.json"
+
+
+@functools.cache
+def _remembered() -> dict[str, int]:
+    try:
+        entries = json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in entries.items() if isinstance(v, int)}
+
+
+def _remember(key: str, winner: int) -> None:
+    _remembered()[key] = winner
+    path = _cache_file()
+    # A cache that cannot be written costs a repeated tuning, not a failed run.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(_remembered(), file, indent=1, sort_keys=True)
+        os.replace(name, path)
+
+
+def _bucket(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name}-sm{properties.major}{properties.minor}"
+
+
+def pick(
+    kernel: str, operands: str, like: Tensor, shape: Sequence[int], trial: Callable[[Config], None]
+) -> Config:
+    """The configuration for this call; ``trial`` launches one candidate on the call's own data."""
+    options = CONFIGS[kernel][operands]
+    if len(options) == 1 or not like.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return options[0]
+    sizes = "x".join(str(_bucket(s)) for s in shape)
+    key = f"{_architecture(like.device.index)}/{triton.__version__}/{kernel}/{operands}/"
+    key += f"{str(like.dtype).removeprefix('torch.')}/{sizes}"
+    known = _remembered().get(key)
+    if known is not None and 0 <= known < len(options):
+        return options[known]
+    if os.environ.get("SPD_FAST_TUNE") != "1" or torch.cuda.is_current_stream_capturing():
+        return options[0]
+    times = [triton.testing.do_bench(lambda c=c: trial(c), warmup=5, rep=20) for c in options]
+    winner = times.index(min(times))
+    _remember(key, winner)
+    return options[winner]

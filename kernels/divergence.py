@@ -1,0 +1,207 @@
+"""Reconstruction divergences with gradient: squared error, KL(target ‖ masked), chunked linear-KL.
+
+    MSE = Σ (q − p)² / numel                          q̄ = 2 (q − p) / numel
+    KL  = mean_n Σ_v P (log P − log Q)                q̄ = (Q − P) / N       P = softmax(p), …
+
+Each reads its operands once forward and once backward and writes the gradient once; nothing of
+their size is kept between the two (KL keeps two logarithms a row). Forward KL is one pass: with
+running maxima, Σ e^{p − max} (p − q) is rescaled as the softmax sums are, and
+KL_n = Σ P (p − q) − log Z_p + log Z_q.
+
+Liger-Kernel's FusedLinearJSD at β = 0 is the nearest library kernel to the linear form; it keeps
+fp32 logits of a chunk, also where bf16 logits are given, and is a dependency of its own, so this is
+written here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spd_fast.kernels.configs import Config, launch, pick
+from spd_fast.kernels.product import mm
+
+# Programs of the squared error: their partial sums are added in a fixed order afterwards.
+SEGMENTS = 1024
+# Logits of the linear form that exist at a time, in elements: 128 MiB in bf16 for each of the two.
+LOGITS = 2**26
+
+
+@triton.jit
+def squared_error_kernel(a, b, partial, size, segments, BLOCK: tl.constexpr):
+    """One strided share of Σ (a − b)²."""
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    start = program * BLOCK
+    step = segments.to(tl.int64) * BLOCK
+    while start < size:
+        at = start + tl.arange(0, BLOCK)
+        left = tl.load(a + at, mask=at < size, other=0.0).to(tl.float32)
+        right = tl.load(b + at, mask=at < size, other=0.0).to(tl.float32)
+        total += (left - right) * (left - right)
+        start += step
+    tl.store(partial + program, tl.sum(total, axis=0))
+
+
+@triton.jit
+def squared_error_backward_kernel(a, b, scale, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(a + at, mask=at < size, other=0.0).to(tl.float32)
+    right = tl.load(b + at, mask=at < size, other=0.0).to(tl.float32)
+    grad = (left - right) * tl.load(scale)
+    tl.store(out + at, grad.to(out.dtype.element_ty), mask=at < size)
+
+
+def mse_forward(prediction: Tensor, target: Tensor) -> Tensor:
+    """A scalar in fp32."""
+    prediction, target = prediction.contiguous(), target.contiguous()
+    size = prediction.numel()
+    if size == 0:
+        return torch.full((), float("nan"), device=prediction.device)
+    partial = torch.zeros(SEGMENTS, device=prediction.device)
+
+    def run(config: Config) -> None:
+        launch(squared_error_kernel, prediction, (SEGMENTS,), prediction, target, partial, size,
+               SEGMENTS, config=config)  # fmt: skip
+
+    run(pick("squared_error", "any", prediction, (size,), run))
+    return partial.sum() / size
+
+
+def mse_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    prediction, target = prediction.contiguous(), target.contiguous()
+    size = prediction.numel()
+    scale = grad.float() * (2 / max(size, 1))
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(size, config.blocks["BLOCK"]),)
+        launch(squared_error_backward_kernel, prediction, grid, prediction, target, scale, out,
+               size, config=config)  # fmt: skip
+
+    if size:
+        run(pick("squared_error", "any", prediction, (size,), run))
+    return out
+
+
+@triton.jit
+def kl_kernel(q, q_row, p, p_row, loss, lse_q, lse_p, width, BLOCK: tl.constexpr):
+    """One row: KL(P ‖ Q), log Z_q and log Z_p."""
+    row = tl.program_id(0).to(tl.int64)
+    # Each lane carries its own maxima and sums: one exchange between threads at the end.
+    max_q = tl.full((BLOCK,), float("-inf"), tl.float32)
+    max_p = tl.full((BLOCK,), float("-inf"), tl.float32)
+    sum_q = tl.zeros((BLOCK,), tl.float32)
+    sum_p = tl.zeros((BLOCK,), tl.float32)
+    cross = tl.zeros((BLOCK,), tl.float32)  # Σ e^{p − max_p} (p − q)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK).to(tl.int64)
+        inside = at < width
+        vq = tl.load(q + row * q_row + at, mask=inside, other=float("-inf")).to(tl.float32)
+        vp = tl.load(p + row * p_row + at, mask=inside, other=float("-inf")).to(tl.float32)
+        new_q, new_p = tl.maximum(max_q, vq), tl.maximum(max_p, vp)
+        # A lane that has seen nothing yet, or only −inf, keeps zero sums instead of ∞ − ∞.
+        weight_p = tl.where(vp > float("-inf"), tl.exp(vp - new_p), 0.0)
+        scale_p = tl.where(max_p > float("-inf"), tl.exp(max_p - new_p), 0.0)
+        scale_q = tl.where(max_q > float("-inf"), tl.exp(max_q - new_q), 0.0)
+        sum_q = sum_q * scale_q + tl.where(vq > float("-inf"), tl.exp(vq - new_q), 0.0)
+        sum_p = sum_p * scale_p + weight_p
+        cross = cross * scale_p + tl.where(weight_p > 0, weight_p * (vp - vq), 0.0)
+        max_q, max_p = new_q, new_p
+    top_q, top_p = tl.max(max_q, axis=0), tl.max(max_p, axis=0)
+    lanes_q = tl.where(max_q > float("-inf"), tl.exp(max_q - top_q), 0.0)
+    lanes_p = tl.where(max_p > float("-inf"), tl.exp(max_p - top_p), 0.0)
+    z_p = tl.sum(sum_p * lanes_p, axis=0)
+    log_q = top_q + tl.log(tl.sum(sum_q * lanes_q, axis=0))
+    log_p = top_p + tl.log(z_p)
+    tl.store(loss + row, tl.sum(cross * lanes_p, axis=0) / z_p - log_p + log_q)
+    tl.store(lse_q + row, log_q)
+    tl.store(lse_p + row, log_p)
+
+
+@triton.jit
+def kl_backward_kernel(q, q_row, p, p_row, lse_q, lse_p, scale, out, width, BLOCK: tl.constexpr):
+    """(Q − P) · scale; ``out`` may be q."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    vq = tl.load(q + row * q_row + at, mask=inside, other=0.0).to(tl.float32)
+    vp = tl.load(p + row * p_row + at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.exp(vq - tl.load(lse_q + row)) - tl.exp(vp - tl.load(lse_p + row))
+    grad *= tl.load(scale)
+    tl.store(out + row * width + at, grad.to(out.dtype.element_ty), mask=inside)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[positions, vocabulary] with unit column stride."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def kl_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean KL in fp32, log Z of the prediction [N], of the target [N])."""
+    q, p = _rows(prediction), _rows(target)
+    N, width = q.shape
+    loss, lse_q, lse_p = torch.zeros(3, N, device=q.device).unbind()
+
+    def run(config: Config) -> None:
+        launch(kl_kernel, q, (N,), q, q.stride(0), p, p.stride(0), loss, lse_q, lse_p, width,
+               config=config)  # fmt: skip
+
+    if N and width:
+        run(pick("kl", "any", q, (N, width), run))
+    return loss.sum() / max(N, 1), lse_q, lse_p
+
+
+def kl_backward(
+    grad: Tensor, prediction: Tensor, target: Tensor, lse_q: Tensor, lse_p: Tensor
+) -> Tensor:
+    """q̄ in the shape and dtype of ``prediction``."""
+    q, p = _rows(prediction), _rows(target)
+    out = torch.empty(prediction.shape, dtype=prediction.dtype, device=q.device)
+    _kl_gradient(grad.float() / max(q.shape[0], 1), q, p, lse_q, lse_p, out)
+    return out
+
+
+def _kl_gradient(
+    scale: Tensor, q: Tensor, p: Tensor, lse_q: Tensor, lse_p: Tensor, out: Tensor
+) -> None:
+    N, width = q.shape
+
+    def run(config: Config, out: Tensor = out) -> None:
+        grid = (N, triton.cdiv(width, config.blocks["BLOCK"]))
+        launch(kl_backward_kernel, q, grid, q, q.stride(0), p, p.stride(0), lse_q, lse_p, scale,
+               out, width, config=config)  # fmt: skip
+
+    if N and width:
+        run(pick("kl", "any", q, (N, width), lambda c: run(c, torch.empty_like(out))))
+
+
+def linear_kl(
+    prediction: Tensor, target: Tensor, head: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL(softmax(t Wᵀ) ‖ softmax(x Wᵀ)), mean over positions, and its gradient in x.
+
+    prediction x, target t [N, d]; head W [vocabulary, d], without gradient. Logits exist for a
+    chunk of rows at a time, in the dtype of x; the gradient is made with the loss, so that no
+    logits are kept or made twice.
+    """
+    N, vocabulary = prediction.shape[0], head.shape[0]
+    W = head.to(prediction.dtype)
+    size = max(LOGITS // max(vocabulary, 1), 1)
+    total = torch.zeros((), device=prediction.device)
+    grad = (
+        torch.zeros_like(prediction, memory_format=torch.contiguous_format) if need_grad else None
+    )
+    scale = torch.full((), 1 / max(N, 1), device=prediction.device)
+    for first in range(0, N, size):
+        part = slice(first, first + size)
+        q, p = prediction[part] @ W.t(), target[part].to(prediction.dtype) @ W.t()
+        mean, lse_q, lse_p = kl_forward(q, p)
+        total += mean * (q.shape[0] / N)
+        if grad is not None:
+            _kl_gradient(scale, q, p, lse_q, lse_p, q)
+            grad[part] = mm(q, W, prediction.dtype)
+    return total, grad

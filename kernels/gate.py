@@ -1,0 +1,256 @@
+"""The per-component gate: product, scalar MLP, sigmoids and penalty sums in one pass.
+
+    h = x V,   z_j = w_j h + β_j,   s = Σ_j o_j GELU(z_j) + β_o,   g = lower(s),   S_c = Σ_n ψ(g⁺)
+
+The hidden layer [N, C, H] lives in registers, one neuron at a time. Forward traffic beside the
+product: write h and g. Backward: read h, ḡ (and h̄), write h̄ + the gate's part; the sums over rows
+are made per tile and added in a fixed order, so two runs agree bit for bit.
+
+At 19 fused multiply-adds a neuron the MLP outweighs its product below d_in ≈ 2500 at H = 16
+(docs/kernels.md); it bounds this kernel, not memory. So the backward evaluates the polynomial of
+the GELU twice rather than keeping N·C·H values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spd_fast.kernels import scalar
+from spd_fast.kernels.configs import Config, launch, operand_class, pick
+from spd_fast.kernels.product import addmm, mm, precision, product_tile, tile_of
+from spd_fast.kernels.regimes import chunks, gate_product_in_kernel
+
+
+@triton.jit
+def _logit(h, cols, in_cols, w_in, b_in, w_out, b_out, HIDDEN: tl.constexpr):
+    """s [BN, BC] of h [BN, BC]; parameters [C, H] of components ``cols``."""
+    s = tl.zeros_like(h) + tl.load(b_out + cols, mask=in_cols, other=0.0)[None, :]
+    if HIDDEN == 0:  # linear gate
+        return tl.fma(h, tl.zeros_like(h) + tl.load(w_out + cols, mask=in_cols, other=0.0), s)
+    for j in range(HIDDEN):
+        at = cols * HIDDEN + j
+        w = tl.load(w_in + at, mask=in_cols, other=0.0)[None, :]  # [1, BC]
+        b = tl.load(b_in + at, mask=in_cols, other=0.0)[None, :]
+        o = tl.load(w_out + at, mask=in_cols, other=0.0)[None, :]
+        z = tl.fma(h, tl.zeros_like(h) + w, tl.zeros_like(h) + b)
+        s = tl.fma(scalar.gelu(z), tl.zeros_like(h) + o, s)
+    return s
+
+
+@triton.jit
+def gate_forward_kernel(
+    x, V, inner, lower, partial, counts, w_in, b_in, w_out, b_out,
+    N, C, d_in, x_row, x_col, v_row, v_col, power, eps, threshold,
+    HIDDEN: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr, POWER: tl.constexpr,
+    COUNT: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_of(tl.program_id(0), N, C, BLOCK_N, BLOCK_C, 8)
+    rows = row_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = col_tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_cols = cols < C
+    inside = (rows < N)[:, None] & in_cols[None, :]
+    at = rows[:, None] * C + cols[None, :]  # [BN, BC]
+
+    if PRODUCT:
+        h = product_tile(x, x_row, x_col, V, v_row, v_col, rows, cols, N, C, d_in,
+                         BLOCK_N, BLOCK_C, BLOCK_K, PRECISION)  # fmt: skip
+        stored = h.to(inner.dtype.element_ty)
+        tl.store(inner + at, stored, mask=inside)
+        # The gate sees h as stored, so that the backward's recomputation takes the same branches.
+        h = stored.to(tl.float32)
+    else:
+        h = tl.load(inner + at, mask=inside, other=0.0).to(tl.float32)
+    s = _logit(h, cols, in_cols, w_in, b_in, w_out, b_out, HIDDEN)
+    g = scalar.lower(s, SIGMOID)
+    tl.store(lower + at, g.to(lower.dtype.element_ty), mask=inside)
+    if PENALTY != 0:
+        psi = scalar.penalty(scalar.upper(s), power, eps, PENALTY, POWER)
+        total = tl.sum(tl.where(inside, psi, 0.0), axis=0)  # [BC]
+        tl.store(partial + row_tile.to(tl.int64) * C + cols, total, mask=in_cols)
+    if COUNT:
+        # A sum of floats: exact in a tile, and LLVM takes a sum of bits through the stack.
+        live = tl.sum(tl.where(inside & (g > threshold), 1.0, 0.0), axis=0)
+        tl.store(counts + row_tile.to(tl.int64) * C + cols, live.to(tl.int32), mask=in_cols)
+
+
+def gate_forward(
+    x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    sigmoid: str, penalty: str, power: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """inner [N, C] and lower [N, C] in the dtype of x, penalty_sum [C] in the dtype of V."""
+    inner, lower, sums, _ = gate_forward_counted(
+        x, V, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps, None
+    )
+    return inner, lower, sums
+
+
+def gate_forward_counted(
+    x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    sigmoid: str, penalty: str, power: float, eps: float, threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """:func:`gate_forward` and the L0 counts [C]: positions with g above ``threshold``."""
+    (N, d_in), C = x.shape, V.shape[1]
+    V_x = V.to(x.dtype)
+    in_kernel = gate_product_in_kernel(x, C)
+    inner = torch.empty(N, C, dtype=x.dtype, device=x.device)
+    if not in_kernel and N and C:
+        torch.mm(x, V_x, out=inner)
+    lower = torch.empty_like(inner)
+    gate = [t.contiguous() for t in (w_in, b_in, w_out, b_out)]
+    special = scalar.specialisation(sigmoid, penalty, power)
+    partial = counts = None
+
+    def run(config: Config) -> None:
+        nonlocal partial, counts
+        tiles = triton.cdiv(N, config.blocks["BLOCK_N"])
+        partial = torch.empty(tiles, C, dtype=torch.float32, device=x.device)
+        counts = (
+            torch.empty(tiles, C, dtype=torch.int32, device=x.device)
+            if threshold is not None
+            else None
+        )
+        if N and C:
+            grid = (tiles * triton.cdiv(C, config.blocks["BLOCK_C"]),)
+            launch(
+                gate_forward_kernel, x, grid, x, V_x, inner, lower, partial,
+                partial if counts is None else counts, *gate, N, C, d_in, *x.stride(),
+                *V_x.stride(), float(power), float(eps), float(threshold or 0.0),
+                HIDDEN=w_in.shape[1], COUNT=counts is not None, PRODUCT=in_kernel,
+                PRECISION=precision(x), **special,
+                config=config if in_kernel else Config({**config.blocks, "BLOCK_K": 16}, config.num_warps),
+            )  # fmt: skip
+
+    run(pick("gate_forward", operand_class(x) if in_kernel else "any", x, (N, d_in, C), run))
+    assert partial is not None
+    sums = partial.sum(0) if penalty != "none" and N else partial.new_zeros(C)
+    live = None if counts is None else counts.sum(0)
+    return inner, lower, sums.to(V.dtype), live
+
+
+@triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def gate_backward_kernel(
+    inner, grad_inner, grad_lower, grad_sum, h_bar, partial, w_in, b_in, w_out, b_out,
+    N, first, count, gi_row, gi_col, gl_row, gl_col, in_row, in_col, power, eps,
+    HIDDEN: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr, POWER: tl.constexpr,
+    GRAD_INNER: tl.constexpr, GRAD_LOWER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """h̄ [N, count] of components first … first + count, and per-tile sums."""
+    row_tile = tl.program_id(0)
+    rows = row_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = first + local
+    in_cols = local < count
+    inside = (rows < N)[:, None] & in_cols[None, :]
+    r, c = rows[:, None], cols[None, :]
+
+    h = tl.load(inner + r * in_row + local[None, :] * in_col, mask=inside, other=0.0).to(tl.float32)
+    s = _logit(h, cols, in_cols, w_in, b_in, w_out, b_out, HIDDEN)
+    grad = tl.zeros_like(h)
+    if GRAD_LOWER:
+        grad = tl.load(grad_lower + r * gl_row + c * gl_col, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros_like(h)
+    if PENALTY != 0:
+        total += tl.load(grad_sum + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    s_bar = scalar.logit_backward(s, grad, total, power, eps, SIGMOID, PENALTY, POWER)
+    s_bar = tl.where(inside, s_bar, 0.0)
+    out = tl.zeros_like(h)
+    if GRAD_INNER:
+        out = tl.load(grad_inner + r * gi_row + c * gi_col, mask=inside, other=0.0).to(tl.float32)
+
+    # Partial sums [tile, field, count]: b_out, then each neuron's (w_in, b_in, w_out) or, in a
+    # linear gate, w_out.
+    FIELDS: tl.constexpr = 3 * HIDDEN + 1 if HIDDEN > 0 else 2
+    base = partial + row_tile.to(tl.int64) * FIELDS * count + local
+    tl.store(base, tl.sum(s_bar, axis=0), mask=in_cols)
+    if HIDDEN == 0:
+        tl.store(base + count, tl.sum(s_bar * h, axis=0), mask=in_cols)
+        o = tl.load(w_out + cols, mask=in_cols, other=0.0)[None, :]
+        out += s_bar * o
+    for j in range(HIDDEN):
+        at = cols * HIDDEN + j
+        w = tl.load(w_in + at, mask=in_cols, other=0.0)[None, :]
+        b = tl.load(b_in + at, mask=in_cols, other=0.0)[None, :]
+        o = tl.load(w_out + at, mask=in_cols, other=0.0)[None, :]
+        value, slope = scalar.gelu_with_slope(tl.fma(h, tl.zeros_like(h) + w, tl.zeros_like(h) + b))
+        z_bar = s_bar * o * slope  # [BN, BC]
+        out = tl.fma(z_bar, tl.zeros_like(h) + w, out)
+        # One reduction of three sums: one exchange between warps instead of three.
+        in_sum, bias_sum, out_sum = tl.reduce((z_bar * h, z_bar, s_bar * value), 0, _add3)
+        field = base + (1 + 3 * j) * count
+        tl.store(field, in_sum, mask=in_cols)
+        tl.store(field + count, bias_sum, mask=in_cols)
+        tl.store(field + 2 * count, out_sum, mask=in_cols)
+    tl.store(h_bar + r * count + local[None, :], out.to(h_bar.dtype.element_ty), mask=inside)
+
+
+def gate_backward(
+    grad_inner: Tensor | None, grad_lower: Tensor | None, grad_penalty: Tensor | None,
+    x: Tensor, V: Tensor, inner: Tensor | None, w_in: Tensor, b_in: Tensor, w_out: Tensor,
+    b_out: Tensor, sigmoid: str, penalty: str, power: float, eps: float, need_grad_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x̄, V̄ and the gate's gradients. Without ``inner`` each chunk of h is made again from x, V."""
+    (N, d_in), C, H = x.shape, V.shape[1], w_in.shape[1]
+    V_x = V.to(x.dtype)
+    penalty = "none" if grad_penalty is None else penalty
+    special = scalar.specialisation(sigmoid, penalty, power)
+    gate = [t.contiguous() for t in (w_in, b_in, w_out, b_out)]
+    fields = 3 * H + 1 if H else 2
+    sums = torch.zeros(fields, C, device=x.device)
+    grad_V = torch.zeros(V.shape, dtype=V.dtype, device=x.device)
+    grad_x, pieces = None, chunks(x, N, C)
+    wide = torch.float32 if len(pieces) > 1 else x.dtype
+
+    for first, count in pieces:
+        some_V = V_x[:, first : first + count]
+        h = mm(x, some_V, x.dtype) if inner is None else inner[:, first : first + count]
+        h_bar = torch.empty(N, count, dtype=x.dtype, device=x.device)
+        partial: Tensor | None = None
+
+        def run(config: Config, h: Tensor = h, h_bar: Tensor = h_bar, first: int = first,
+                count: int = count) -> None:  # fmt: skip
+            nonlocal partial
+            tiles = triton.cdiv(N, config.blocks["BLOCK_N"])
+            partial = torch.empty(tiles, fields, count, device=x.device)
+            grid = (tiles, triton.cdiv(count, config.blocks["BLOCK_C"]))
+            gi = grad_inner if grad_inner is not None else h
+            gl = grad_lower if grad_lower is not None else h
+            gp = grad_penalty if grad_penalty is not None else h
+            launch(
+                gate_backward_kernel, x, grid, h, gi, gl, gp, h_bar, partial, *gate,
+                N, first, count, *gi.stride(), *gl.stride(), *h.stride(), float(power),
+                float(eps), HIDDEN=H, GRAD_INNER=grad_inner is not None,
+                GRAD_LOWER=grad_lower is not None, **special, config=config,
+            )  # fmt: skip
+
+        run(pick("gate_backward", "any", x, (N, count, H), run))
+        assert partial is not None
+        sums[:, first : first + count] = partial.sum(0)
+        grad_V[:, first : first + count] = mm(x.t(), h_bar, V.dtype)
+        if need_grad_x:
+            grad_x = addmm(grad_x, h_bar, some_V.t(), wide)
+
+    if need_grad_x:
+        grad_x = torch.zeros_like(x) if grad_x is None else grad_x.to(x.dtype)
+    grad_b_out = sums[0].to(b_out.dtype)
+    if H == 0:
+        return (
+            grad_x,
+            grad_V,
+            torch.zeros_like(w_in),
+            torch.zeros_like(b_in),
+            sums[1:].t().to(w_out.dtype).contiguous(),
+            grad_b_out,
+        )  # noqa: E501
+    per_neuron = sums[1:].view(H, 3, C).permute(1, 2, 0)  # [3, C, H]
+    w, b, o = (t.contiguous().to(w_in.dtype) for t in per_neuron)
+    return grad_x, grad_V, w, b, o, grad_b_out

@@ -1,0 +1,16 @@
+"""The primitives of spd_fast.ops that these kernels implement, by name."""
+
+from __future__ import annotations
+
+from spd_fast.kernels.component_linear import component_linear_backward, component_linear_forward
+from spd_fast.kernels.faithfulness import faithfulness_backward, faithfulness_forward
+from spd_fast.kernels.gate import gate_backward, gate_forward
+
+TABLE = {
+    "gate_forward": gate_forward,
+    "gate_backward": gate_backward,
+    "component_linear_forward": component_linear_forward,
+    "component_linear_backward": component_linear_backward,
+    "faithfulness_forward": faithfulness_forward,
+    "faithfulness_backward": faithfulness_backward,
+}

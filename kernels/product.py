@@ -1,0 +1,72 @@
+"""The tile product every fused kernel starts from, and the library products around them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def product_tile(
+    a, a_row, a_k, b, b_k, b_col, rows, cols, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(A B)[rows, cols] in fp32; A [M, K] and B [K, N] by strides, rows and cols int64."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    a_ptr = a + rows[:, None] * a_row + k[None, :] * a_k  # [BM, BK]
+    b_ptr = b + k[:, None] * b_k + cols[None, :] * b_col  # [BK, BN]
+    in_rows, in_cols = (rows < M)[:, None], (cols < N)[None, :]
+    for start in range(0, K, BLOCK_K):
+        left = K - start
+        a_tile = tl.load(a_ptr, mask=in_rows & (k < left)[None, :], other=0.0)
+        b_tile = tl.load(b_ptr, mask=(k < left)[:, None] & in_cols, other=0.0)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+        a_ptr += BLOCK_K * a_k
+        b_ptr += BLOCK_K * b_k
+    return acc
+
+
+@triton.jit
+def tile_of(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) tile of a program: GROUP row tiles share their column tiles in the L2."""
+    row_tiles, col_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
+    first = pid // (GROUP * col_tiles) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    inside = pid % (GROUP * col_tiles)
+    return first + inside % size, inside // size
+
+
+def precision(tensor: Tensor) -> str:
+    """Of fp32 operands: "tf32" only where torch's own matmul setting asks for it."""
+    allowed = tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
+
+
+@functools.cache
+def _has_out_dtype() -> bool:
+    return hasattr(torch.ops.aten.addmm, "dtype")
+
+
+def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A B with fp32 accumulation, in ``dtype``."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and _has_out_dtype():
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def addmm(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + A B in ``dtype``; a first call without total is the product alone."""
+    if total is None:
+        return mm(a, b, dtype)
+    if dtype == a.dtype:
+        return torch.addmm(total, a, b)
+    if a.is_cuda and _has_out_dtype():
+        return torch.addmm(total, a, b, out_dtype=dtype)
+    return total.add_(torch.mm(a, b))

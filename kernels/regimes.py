@@ -1,0 +1,46 @@
+"""Which way a shape is computed: where each product runs, and how much of C at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spd_fast.kernels.configs import operand_class
+
+# Elements of one transient [N, chunk] buffer: 128 MiB in bf16, whatever C is.
+CHUNK_ELEMENTS = 2**26
+# Below this many multiply-adds a launch costs more than the arithmetic: one kernel does it all.
+SMALL_PRODUCTS = 2**29
+# Inner sizes up to which a tile product that saves one trip of its result through memory beats
+# the library's product (docs/kernels.md, "prologue or write once").
+IN_KERNEL_DEPTH = 768
+IN_KERNEL_DEPTH_DUAL = 1024
+
+
+def chunks(like: Tensor, N: int, C: int) -> list[tuple[int, int]]:
+    """(first, count) of the pieces of C that are worked on at a time; none where empty."""
+    if N == 0 or C == 0:
+        return []
+    size = max(CHUNK_ELEMENTS // N // 128 * 128, 128)
+    return [(first, min(size, C - first)) for first in range(0, C, size)]
+
+
+def _tiny(N: int, C: int, depth: int) -> bool:
+    return N * C * depth <= SMALL_PRODUCTS
+
+
+def gate_product_in_kernel(x: Tensor, C: int) -> bool:
+    N, d_in = x.shape
+    # fp32 products off the matrix units are for toys only: the library's blocking is far better.
+    return _tiny(N, C, d_in) or (operand_class(x) == "mma" and d_in <= IN_KERNEL_DEPTH)
+
+
+def small(x: Tensor, C: int, d_out: int, product: bool) -> bool:
+    """One kernel for the whole forward: both products, mask and sum on chip."""
+    return _tiny(x.shape[0], C, d_out + (x.shape[1] if product else 0))
+
+
+def dual_in_kernel(x: Tensor, C: int, depth: int) -> bool:
+    """x V (if needed) and ȳ Uᵀ as tile products inside the masking kernel."""
+    return _tiny(x.shape[0], C, depth) or (
+        operand_class(x) == "mma" and depth <= IN_KERNEL_DEPTH_DUAL
+    )

@@ -1,0 +1,108 @@
+"""The Triton masked sum and its backward, every regime and kind of mask, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spd_fast.ops import component_linear
+from tests.checks import LAYOUTS, assert_matches_oracle, normal
+from tests.ops import test_component_linear as cases
+
+pytestmark = pytest.mark.usefixtures("triton_ops")
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_output_and_gradients_are_the_oracles(kind, regime):
+    kind = cases.KINDS[kind]
+    assert_matches_oracle(
+        cases.runner(kind, "triton"),
+        cases.truth(kind),
+        cases.make_inputs(kind),
+        cases.incoming(),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (37, 19, 70, 67), (3, 2, 131, 5)])
+@pytest.mark.parametrize("kind", [cases.FULL, cases.GIVEN], ids=["full", "given"])
+def test_tile_edges_and_chunks_are_the_oracles(kind, shape, regime):
+    assert_matches_oracle(
+        cases.runner(kind, "triton"),
+        cases.truth(kind),
+        cases.make_inputs(kind, *shape),
+        cases.incoming(shape[0], shape[-1]),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, regime):
+    def run(t):
+        laid_out = {k: LAYOUTS[layout](v) if v.ndim == 2 else v for k, v in t.items()}
+        return cases.runner(cases.GIVEN, "triton")(laid_out)
+
+    assert_matches_oracle(
+        run,
+        cases.truth(cases.GIVEN),
+        cases.make_inputs(cases.GIVEN),
+        cases.incoming(),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("kind", ["stochastic", "stochastic_delta", "adversarial_delta_routed"])
+def test_given_inner_activations_change_nothing(kind, regime):
+    kind = cases.KINDS[kind]
+
+    def run(t):
+        return {
+            "y": component_linear(
+                t["x"], t["V"], t["U"], cases.recipe_of(kind, t),
+                weight=t["weight"], bias=t["bias"], inner=t["x"] @ t["V"], backend="triton",
+            )
+        }  # fmt: skip
+
+    assert_matches_oracle(
+        run, cases.truth(kind), cases.make_inputs(kind), cases.incoming(), torch.float32
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (5, 3, 0, 2), (5, 3, 4, 0)])
+def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape):
+    t = {k: v.float() for k, v in cases.make_inputs(cases.KINDS["stochastic"], *shape).items()}
+    V, U = t["V"].requires_grad_(), t["U"].requires_grad_()
+    y = component_linear(
+        t["x"], V, U, cases.recipe_of(cases.KINDS["stochastic"], t), backend="triton"
+    )
+    assert y.shape == (shape[0], shape[3])
+    for grad in torch.autograd.grad(y.sum(), [V, U], allow_unused=True):
+        assert grad is None or not grad.any()
+
+
+def test_incoming_gradients_and_inputs_are_not_written(regime):
+    t = {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in cases.make_inputs(cases.GIVEN).items()
+    }
+    before = {k: v.clone() for k, v in t.items()}
+    leaves = [t[k].requires_grad_() for k in ("x", "V", "U", "lower", "source", "delta")]
+    y = cases.runner(cases.GIVEN, "triton")(t)["y"]
+    grad = normal(3, *y.shape).float()
+    kept = grad.clone()
+    torch.autograd.grad(y, leaves, grad)
+    assert torch.equal(grad, kept)
+    assert all(torch.equal(t[k].detach(), before[k]) for k in t)
+
+
+def test_bf16_is_near_the_fp32_result(regime):
+    kind = cases.FULL
+    t = {
+        k: v.bfloat16() if v.is_floating_point() else v
+        for k, v in cases.make_inputs(kind, 20, 9, 21, 6).items()
+    }
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
+    y = cases.runner(kind, "triton")(t)["y"]
+    truth = cases.truth(kind)(wide)["y"]
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - truth).norm() / truth.norm() < 1e-2

@@ -1,0 +1,107 @@
+"""The Triton gate, forward and recomputing backward, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spd_fast.ops import Penalty, gate
+from tests.checks import LAYOUTS, assert_matches_oracle
+from tests.ops import test_gate as cases
+
+pytestmark = pytest.mark.usefixtures("triton_ops")
+
+PENALTIES = [
+    Penalty(),
+    Penalty("lp", 1.0),
+    Penalty("lp", 2.0),
+    Penalty("lp", 0.7, 0.01),
+    Penalty("smooth_l0", 0.3),
+]
+
+
+def check(sigmoid, penalty, shape, hidden, layout=None):
+    def run(t):
+        laid_out = t if layout is None else {k: layout(v) for k, v in t.items()}
+        return cases.runner(sigmoid, penalty, "triton")(laid_out)
+
+    assert_matches_oracle(
+        run,
+        cases.truth(sigmoid, penalty),
+        cases.make_inputs(*shape, hidden),
+        cases.incoming(shape[0], shape[2]),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("sigmoid", ["paper", "2026"])
+@pytest.mark.parametrize("hidden", [(), (1,), (16,)])
+@pytest.mark.parametrize("shape", [(3, 1, 2), (67, 19, 70)])
+def test_results_and_gradients_are_the_oracles(shape, hidden, sigmoid, regime):
+    check(sigmoid, Penalty("lp", 2.0), shape, hidden)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+def test_every_penalty_is_the_oracles(penalty, regime):
+    check("paper", penalty, (21, 3, 13), (8,))
+
+
+def test_chunks_of_components_are_the_oracles(regime):
+    check("2026", Penalty("lp", 2.0), (5, 3, 131), (2,))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, regime):
+    check("2026", Penalty("lp", 1.0), (9, 4, 5), (3,), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("needed", ["inner", "lower", "penalty_sum"])
+def test_each_output_alone_carries_its_gradient(needed):
+    t = {k: v.float() for k, v in cases.make_inputs(9, 4, 5, (3,)).items()}
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = {k: v.clone().requires_grad_() for k, v in t.items()}
+        run = (
+            cases.runner("paper", cases.LP, "triton")
+            if backend == "triton"
+            else cases.truth("paper", cases.LP)
+        )
+        out = run(leaves)[needed]
+        results.append(
+            torch.autograd.grad(
+                out.sin().sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
+            )  # fmt: skip
+        )
+    for got, truth in zip(*results, strict=True):
+        torch.testing.assert_close(got, truth, atol=2e-5, rtol=1e-4)
+
+
+def test_counts_are_the_positions_above_the_threshold():
+    from spd_fast.kernels.gate import gate_forward_counted
+
+    t = {k: v.float() for k, v in cases.make_inputs(70, 4, 35, (3,)).items()}
+    arguments = (t["x"], t["V"], t["W0"][:, 0], t["b0"], t["W1"][:, :, 0], t["b1"][:, 0])
+    _, lower, _, counts = gate_forward_counted(*arguments, "2026", "lp", 1.0, 1e-12, 0.1)
+    assert torch.equal(counts, (lower > 0.1).sum(0))
+
+
+def test_recomputed_inner_activations_give_the_same_gradients(regime):
+    from spd_fast.kernels.gate import gate_backward
+
+    t = {k: v.float() for k, v in cases.make_inputs(21, 4, 131, (3,)).items()}
+    gate_tensors = (t["W0"][:, 0], t["b0"], t["W1"][:, :, 0], t["b1"][:, 0])
+    grads = [g.float() for g in cases.incoming(21, 131).values()]
+    options = ("2026", "lp", 2.0, 1e-12, True)
+    saved = gate_backward(*grads, t["x"], t["V"], t["x"] @ t["V"], *gate_tensors, *options)
+    again = gate_backward(*grads, t["x"], t["V"], None, *gate_tensors, *options)
+    for a, b in zip(saved, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 0)])
+def test_empty_inputs_give_empty_outputs(shape):
+    t = {k: v.float() for k, v in cases.make_inputs(*shape, (2,)).items()}
+    out = gate(t["x"], t["V"], [t["W0"], t["W1"]], [t["b0"], t["b1"]], sigmoid="paper",
+               penalty=Penalty("lp", 1.0), backend="triton")  # fmt: skip
+    assert out.inner.shape == out.lower.shape == (shape[0], shape[2])
+    assert not out.penalty_sum.any()
