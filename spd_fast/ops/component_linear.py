@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spd_fast import backends
 from spd_fast.ops import _fused
@@ -128,6 +129,7 @@ class _ComponentLinear(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, V, U, lower, source, key, delta, weight, routing = ctx.saved_tensors
         draw, site, row_offset, binomial, random_delta = ctx.options

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spd_fast import backends
 from spd_fast.ops import _fused
@@ -43,6 +44,7 @@ class _Faithfulness(torch.autograd.Function):
         return _fused.kernel("faithfulness_forward", V)(V, U, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         backward = _fused.kernel("faithfulness_backward", grad)
         return (*backward(grad, *ctx.saved_tensors), None)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spd_fast import backends
 from spd_fast.ops import _fused
@@ -132,6 +133,7 @@ class _Gate(torch.autograd.Function):
         return inner, lower, sums
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_inner: Tensor | None, grad_lower: Tensor | None, grad_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -262,6 +262,16 @@ def test_no_positions_give_empty_output_and_zero_gradients(kind, backend):
         assert (results[name] == 0).all(), name
 
 
+@needs_extension
+def test_second_derivatives_are_refused_by_the_kernels():
+    t = make_inputs(FULL)
+    x = t["x"].requires_grad_()
+    total = runner(FULL, "cpu")(t)["y"].square().sum()
+    (grad,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", [FULL, GIVEN])
 def test_memory_layout_does_not_matter(kind, layout, backend):

@@ -58,6 +58,16 @@ def test_weight_delta_is_what_the_factors_leave_over():
     assert delta.shape == (3, 5)
 
 
+@needs_extension
+def test_second_derivatives_are_refused_by_the_kernels():
+    t = make_inputs(5, 4, 3)
+    V = t["V"].requires_grad_()
+    loss = faithfulness(V, t["U"], t["weight"], backend="cpu").square()
+    (grad,) = torch.autograd.grad(loss, V, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layout_does_not_matter(layout, backend):
     inputs = make_inputs(13, 7, 11)

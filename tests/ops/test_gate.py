@@ -171,6 +171,16 @@ def test_no_positions_give_empty_results_and_zero_gradients(backend):
         assert (results[name] == 0).all(), name
 
 
+@needs_extension
+def test_second_derivatives_are_refused_by_the_kernels():
+    t = make_inputs(7, 5, 3, (4,))
+    x = t["x"].requires_grad_()
+    total = runner("paper", LP, "cpu")(t)["lower"].square().sum()
+    (grad,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layout_does_not_matter(layout, backend):
     def other_layout(t):
