@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint coverage sanitize bench clean
+.PHONY: setup demo test lint coverage sanitize bench bench-memory bench-micro profile kernels clean
 
 setup: $(STAMP)
 
@@ -24,8 +24,10 @@ $(STAMP): pyproject.toml setup.py $(SOURCE)
 demo: setup
 	$(BIN)/spd-fast run tms_5-2 --out runs/demo --resume
 
+# Triton's interpreter is chosen when a kernel is first imported: those tests are a process of their own.
 test: setup
-	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest --ignore=tests/kernels
 
 lint: setup
 	$(BIN)/ruff check .
@@ -44,6 +46,25 @@ sanitize:
 
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# Speed beside the reference, torch.compile and the bare matrix products; writes bench/results/.
+bench: setup
+	$(BIN)/python -m bench.run
+
+# Memory against the number of components.
+bench-memory: setup
+	$(BIN)/python -m bench.memory
+
+bench-micro: setup
+	$(BIN)/python -m pytest bench/test_micro.py
+
+# One training step by phase and operation, and a trace for Perfetto.
+profile: setup
+	$(BIN)/python -m bench.profile_step $(or $(NAME),tms_40-10) --trace profile.json
+
+# Every Triton kernel compiled for every target without a GPU: registers, shared memory, spills.
+kernels: setup
+	$(BIN)/python -m spd_fast.kernels.compile
 
 clean:
 	rm -rf build *.egg-info spd_fast/*.so .pytest_cache .ruff_cache .mypy_cache
