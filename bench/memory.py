@@ -30,6 +30,7 @@ from pathlib import Path
 from bench.machine import ROOT, machine
 from bench.problems import PROVIDERS, Problem, prepare, unavailable_reason
 from bench.registry import CPU, CPU_SHAPE, OperationWorkload, Shape, Workload
+from spd_fast import _extension
 from spd_fast.train.progress import Progress
 
 __all__ = ["Memory", "extra_memory", "fresh_process", "main", "measure", "slope", "supported"]
@@ -97,9 +98,14 @@ def measure(name: str, provider: str, *, components: int | None = None, quick: b
 
 
 def fresh_process(
-    name: str, provider: str, *, components: int | None = None, quick: bool = False
+    name: str,
+    provider: str,
+    *,
+    components: int | None = None,
+    quick: bool = False,
+    keep_freed: bool = False,
 ) -> Memory:
-    """:func:`measure` in a process of its own.
+    """:func:`measure` in a process of its own; ``keep_freed``: with malloc as in `spd-fast run`.
 
     Raises:
         RuntimeError: it failed; the last line of what it said.
@@ -109,7 +115,9 @@ def fresh_process(
         command += ["--components", str(components)]
     if quick:
         command.append("--quick")
-    environment = os.environ | MALLOC
+    if keep_freed:
+        command.append("--keep-freed-memory")
+    environment = os.environ | ({} if keep_freed else MALLOC)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -208,6 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="CSV (default bench/results/memory.csv)")
     parser.add_argument("--measure", choices=CPU, help="only this workload, as JSON")
     parser.add_argument("--provider", choices=PROVIDERS, help="with --measure")
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true", help="with --measure: malloc as in spd-fast run"
+    )
     parser.add_argument("--components", type=int, help="with --measure: another C")
     options = parser.parse_args(arguments)
     if not supported():
@@ -215,6 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.measure:
         if options.provider is None:
             parser.error("--measure needs --provider")
+        if options.keep_freed_memory:
+            _extension.keep_freed_memory()
         quick, components = options.quick, options.components
         memory = measure(options.measure, options.provider, components=components, quick=quick)
         print(json.dumps(memory))

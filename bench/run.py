@@ -1,13 +1,17 @@
 """The CPU table: speed and memory of every provider, measured side by side.
 
     python -m bench.run [NAME …] [--quick] [--providers P …] [--compile none|some|all]
-                        [--no-memory] [--seconds S] [--out FILE.csv]
+                        [--no-memory] [--keep-freed-memory] [--seconds S] [--out FILE.csv]
 
 For every workload, in this order: the results of every provider are checked against float64
 (bench.verify); those that are right are timed in this one process, in turns, in an order that
 rotates from one round to the next, beside the bare matrix products of the workload; then each one's
 memory is measured in a process of its own (bench.memory). A provider whose results are wrong gets
 no number, but the name of the tensor that is wrong.
+
+malloc is what a program that imports the library finds, for every provider; with
+--keep-freed-memory it is what `spd-fast run` sets (again for all, since it belongs to the process),
+and the column `malloc` says so.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from bench.problems import PROVIDERS, Problem, prepare, unavailable_reason
 from bench.products import bare_products, flops, matmul_peak, record, required
 from bench.registry import CPU, OperationWorkload, StepWorkload, Workload, select
 from bench.verify import compare, first_results, shared_tensors, truth
+from spd_fast import _extension
 from spd_fast.train.progress import Progress
 
 __all__ = ["FIELDS", "Result", "interleave", "main", "measure_workload"]
@@ -43,7 +48,7 @@ FIELDS = [
     "share_of_peak", "peak_gflops", "times_products", "speedup", "speedup_over_compile",
     "speedup_over_authors", "authors_ms_low", "authors_ms_high", "authors_mb", "extra_mb",
     "extra_ratio", "peak_mb", "error_ratio", "bars", "processor", "cores", "threads",
-    "instruction_set", "torch", "python", "spd_fast", "commit", "load_average", "started",
+    "instruction_set", "torch", "python", "spd_fast", "commit", "malloc", "load_average", "started",
 ]  # fmt: skip
 AUTHORS = "authors (DESIGN figures, not measured here)"
 
@@ -326,11 +331,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="timing, per workload")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
     parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true", help="malloc as in spd-fast run"
+    )
     parser.add_argument("--out", type=Path, help="CSV")
     options = parser.parse_args(arguments)
     workloads = select(options.names, CPU)
     asked = [p for p in options.providers if p != "compile" or options.compile != "none"]
-    where = machine()
+    where = machine() | {"malloc": "default"}
+    if options.keep_freed_memory:
+        _extension.keep_freed_memory()
+        where["malloc"] = "keeps freed memory"
     if float(where["load_average"]) > 0.5 * int(where["cores"]):
         print(
             f"the machine is busy (load average {where['load_average']} on {where['cores']} cores):"
@@ -351,7 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
             chosen, left_out = _chosen_providers(workload, asked, options.compile)
 
             def weigh(provider: str, name: str = workload.name) -> memory.Memory:
-                return memory.fresh_process(name, provider, quick=options.quick)
+                return memory.fresh_process(
+                    name, provider, quick=options.quick, keep_freed=options.keep_freed_memory
+                )
 
             def say(text: str, i: int = i, name: str = workload.name) -> None:
                 progress.update(i, f"{name}: {text}")
