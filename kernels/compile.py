@@ -2,8 +2,8 @@
 
     python -m spd_fast.kernels.compile [--targets sm_80 sm_90 sm_100 gfx942] [--out table.csv]
 
-Reads registers, stack and shared memory from the compiled code (NVIDIA: cuobjdump on the cubin; AMD:
-the code object's metadata) and fails on a spill or on more shared memory than the target has.
+Reads registers, stack and shared memory from the compiled code (NVIDIA: cuobjdump on the cubin;
+AMD: the code object's metadata) and fails on a spill or on more shared memory than the target has.
 """
 
 from __future__ import annotations

@@ -206,8 +206,10 @@ def small_forward_kernel(
         else:
             at = rows[:, None] * i_row + cols[None, :] * i_col
             h = tl.load(inner + at, mask=inside, other=0.0).to(tl.float32)
-        m, _, _ = _mask_tile(lower, l_row, l_col, source, s_row, s_col, key, rows, cols, start,
-                             inside, draw, site, row_offset, LOWER, SOURCE, BLOCK_N, BLOCK_C)  # fmt: skip
+        m, _, _ = _mask_tile(
+            lower, l_row, l_col, source, s_row, s_col, key, rows, cols, start, inside,
+            draw, site, row_offset, LOWER, SOURCE, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
         a = tl.where(routed[:, None], h * (m - d[:, None]), 0.0)
         u_at = cols[:, None] * u_row + outs[None, :] * u_col  # [BC, BO]
         u = tl.load(U + u_at, mask=(cols < C)[:, None] & in_outs, other=0.0)
@@ -271,10 +273,6 @@ class _Recipe:
         )  # fmt: skip
 
 
-def _without_product(config: Config) -> Config:
-    return Config({**config.blocks, "BLOCK_K": 16}, config.num_warps, config.num_stages)
-
-
 def component_linear_forward(
     x: Tensor, inner: Tensor | None, V: Tensor | None, U: Tensor, lower: Tensor | None,
     source: Tensor | None, key: Tensor | None, draw: int, site: int, row_offset: int,
@@ -282,7 +280,7 @@ def component_linear_forward(
     bias: Tensor | None, routing: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """y [N, d_out] in the dtype of x."""
-    (N, d_in), (C, d_out) = x.shape, U.shape
+    N, (C, d_out) = x.shape[0], U.shape
     recipe = _Recipe(x, lower, source, key, draw, site, row_offset, binomial, delta, random_delta,
                      routing)  # fmt: skip
     U_x = U.to(x.dtype)
@@ -330,7 +328,7 @@ def _masked_chunk(
     v = x if some_V is None else some_V
 
     def run(config: Config, a: Tensor = a) -> None:
-        config = config if in_kernel else _without_product(config)
+        config = config if in_kernel else config.without_product()
         tiles = triton.cdiv(N, config.blocks["BLOCK_N"]) * triton.cdiv(
             count, config.blocks["BLOCK_C"]
         )
@@ -380,7 +378,7 @@ def component_linear_backward(
     need_source: bool, need_delta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(x̄, h̄, V̄, Ū, ḡ, r̄, δ̄, b̄), None where not asked for; h̄ is an output only with ``inner``."""
-    (N, d_in), (C, d_out) = x.shape, U.shape
+    N, C = x.shape[0], U.shape[0]
     recipe = _Recipe(x, lower, source, key, draw, site, row_offset, binomial, delta, random_delta,
                      routing)  # fmt: skip
     recipe.draw_delta(N, C)
@@ -473,7 +471,7 @@ def _backward_chunk(
 
     def run(config: Config, a: Tensor = a, out: Tensor = out) -> None:
         nonlocal rowsums
-        config = config if in_kernel else _without_product(config)
+        config = config if in_kernel else config.without_product()
         col_tiles = triton.cdiv(count, config.blocks["BLOCK_C"])
         if need_delta:
             rowsums = torch.empty(col_tiles, N, device=x.device)

@@ -5,8 +5,8 @@
 
 Each reads its operands once forward and once backward and writes the gradient once; nothing of
 their size is kept between the two (KL keeps two logarithms a row). Forward KL is one pass: with
-running maxima, Σ e^{p − max} (p − q) is rescaled as the softmax sums are, and
-KL_n = Σ P (p − q) − log Z_p + log Z_q.
+running maxima, X = Σ e^{p − max p} ((p − max p) − (q − max q)) is rescaled as the softmax sums Z are,
+and KL_n = X / Z_p − log Z_p + log Z_q.
 
 Liger-Kernel's FusedLinearJSD at β = 0 is the nearest library kernel to the linear form; it keeps
 fp32 logits of a chunk, also where bf16 logits are given, and is a dependency of its own, so this is
@@ -95,28 +95,34 @@ def kl_kernel(q, q_row, p, p_row, loss, lse_q, lse_p, width, BLOCK: tl.constexpr
     max_p = tl.full((BLOCK,), float("-inf"), tl.float32)
     sum_q = tl.zeros((BLOCK,), tl.float32)
     sum_p = tl.zeros((BLOCK,), tl.float32)
-    cross = tl.zeros((BLOCK,), tl.float32)  # Σ e^{p − max_p} (p − q)
+    # Σ e^{p − max_p} ((p − max_p) − (q − max_q)): from the maxima, so that offsets cost no digits.
+    cross = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = at < width
         vq = tl.load(q + row * q_row + at, mask=inside, other=float("-inf")).to(tl.float32)
         vp = tl.load(p + row * p_row + at, mask=inside, other=float("-inf")).to(tl.float32)
         new_q, new_p = tl.maximum(max_q, vq), tl.maximum(max_p, vp)
-        # A lane that has seen nothing yet, or only −inf, keeps zero sums instead of ∞ − ∞.
-        weight_p = tl.where(vp > float("-inf"), tl.exp(vp - new_p), 0.0)
-        scale_p = tl.where(max_p > float("-inf"), tl.exp(max_p - new_p), 0.0)
-        scale_q = tl.where(max_q > float("-inf"), tl.exp(max_q - new_q), 0.0)
-        sum_q = sum_q * scale_q + tl.where(vq > float("-inf"), tl.exp(vq - new_q), 0.0)
-        sum_p = sum_p * scale_p + weight_p
-        cross = cross * scale_p + tl.where(weight_p > 0, weight_p * (vp - vq), 0.0)
+        # A lane that has seen only −inf keeps zero sums instead of ∞ − ∞.
+        moved_q = tl.where(max_q > float("-inf"), max_q - new_q, 0.0)
+        moved_p = tl.where(max_p > float("-inf"), max_p - new_p, 0.0)
+        down_q = tl.where(vq > float("-inf"), vq - new_q, -200.0)
+        down_p = tl.where(vp > float("-inf"), vp - new_p, -200.0)
+        weight = tl.exp(down_p)
+        scale = tl.exp(moved_p)
+        cross = scale * (cross + sum_p * (moved_p - moved_q)) + weight * (down_p - down_q)
+        sum_p = sum_p * scale + weight
+        sum_q = sum_q * tl.exp(moved_q) + tl.exp(down_q)
         max_q, max_p = new_q, new_p
     top_q, top_p = tl.max(max_q, axis=0), tl.max(max_p, axis=0)
-    lanes_q = tl.where(max_q > float("-inf"), tl.exp(max_q - top_q), 0.0)
-    lanes_p = tl.where(max_p > float("-inf"), tl.exp(max_p - top_p), 0.0)
-    z_p = tl.sum(sum_p * lanes_p, axis=0)
-    log_q = top_q + tl.log(tl.sum(sum_q * lanes_q, axis=0))
-    log_p = top_p + tl.log(z_p)
-    tl.store(loss + row, tl.sum(cross * lanes_p, axis=0) / z_p - log_p + log_q)
+    moved_q = tl.where(max_q > float("-inf"), max_q - top_q, 0.0)
+    moved_p = tl.where(max_p > float("-inf"), max_p - top_p, 0.0)
+    lanes_p = tl.where(max_p > float("-inf"), tl.exp(moved_p), 0.0)
+    lanes_q = tl.where(max_q > float("-inf"), tl.exp(moved_q), 0.0)
+    z_p, z_q = tl.sum(sum_p * lanes_p, axis=0), tl.sum(sum_q * lanes_q, axis=0)
+    apart = tl.sum(lanes_p * (cross + sum_p * (moved_p - moved_q)), axis=0) / z_p
+    tl.store(loss + row, apart - tl.log(z_p) + tl.log(z_q))
+    log_q, log_p = top_q + tl.log(z_q), top_p + tl.log(z_p)
     tl.store(lse_q + row, log_q)
     tl.store(lse_p + row, log_p)
 

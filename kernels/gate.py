@@ -121,7 +121,7 @@ def gate_forward_counted(
                 *V_x.stride(), float(power), float(eps), float(threshold or 0.0),
                 HIDDEN=w_in.shape[1], COUNT=counts is not None, PRODUCT=in_kernel,
                 PRECISION=precision(x), **special,
-                config=config if in_kernel else Config({**config.blocks, "BLOCK_K": 16}, config.num_warps),
+                config=config if in_kernel else config.without_product(),
             )  # fmt: skip
 
     run(pick("gate_forward", operand_class(x) if in_kernel else "any", x, (N, d_in, C), run))
@@ -129,11 +129,6 @@ def gate_forward_counted(
     sums = partial.sum(0) if penalty != "none" and N else partial.new_zeros(C)
     live = None if counts is None else counts.sum(0)
     return inner, lower, sums.to(V.dtype), live
-
-
-@triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
@@ -184,12 +179,10 @@ def gate_backward_kernel(
         value, slope = scalar.gelu_with_slope(tl.fma(h, tl.zeros_like(h) + w, tl.zeros_like(h) + b))
         z_bar = s_bar * o * slope  # [BN, BC]
         out = tl.fma(z_bar, tl.zeros_like(h) + w, out)
-        # One reduction of three sums: one exchange between warps instead of three.
-        in_sum, bias_sum, out_sum = tl.reduce((z_bar * h, z_bar, s_bar * value), 0, _add3)
         field = base + (1 + 3 * j) * count
-        tl.store(field, in_sum, mask=in_cols)
-        tl.store(field + count, bias_sum, mask=in_cols)
-        tl.store(field + 2 * count, out_sum, mask=in_cols)
+        tl.store(field, tl.sum(z_bar * h, axis=0), mask=in_cols)
+        tl.store(field + count, tl.sum(z_bar, axis=0), mask=in_cols)
+        tl.store(field + 2 * count, tl.sum(s_bar * value, axis=0), mask=in_cols)
     tl.store(h_bar + r * count + local[None, :], out.to(h_bar.dtype.element_ty), mask=inside)
 
 
@@ -199,7 +192,7 @@ def gate_backward(
     b_out: Tensor, sigmoid: str, penalty: str, power: float, eps: float, need_grad_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x̄, V̄ and the gate's gradients. Without ``inner`` each chunk of h is made again from x, V."""
-    (N, d_in), C, H = x.shape, V.shape[1], w_in.shape[1]
+    N, C, H = x.shape[0], V.shape[1], w_in.shape[1]
     V_x = V.to(x.dtype)
     penalty = "none" if grad_penalty is None else penalty
     special = scalar.specialisation(sigmoid, penalty, power)
@@ -243,14 +236,9 @@ def gate_backward(
         grad_x = torch.zeros_like(x) if grad_x is None else grad_x.to(x.dtype)
     grad_b_out = sums[0].to(b_out.dtype)
     if H == 0:
-        return (
-            grad_x,
-            grad_V,
-            torch.zeros_like(w_in),
-            torch.zeros_like(b_in),
-            sums[1:].t().to(w_out.dtype).contiguous(),
-            grad_b_out,
-        )  # noqa: E501
+        grad_w_out = sums[1:].t().to(w_out.dtype).contiguous()
+        no_hidden = torch.zeros_like(w_in), torch.zeros_like(b_in)
+        return grad_x, grad_V, *no_hidden, grad_w_out, grad_b_out
     per_neuron = sums[1:].view(H, 3, C).permute(1, 2, 0)  # [3, C, H]
     w, b, o = (t.contiguous().to(w_in.dtype) for t in per_neuron)
     return grad_x, grad_V, w, b, o, grad_b_out

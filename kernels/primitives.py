@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spd_fast.kernels.component_linear import component_linear_backward, component_linear_forward
+from spd_fast.kernels.divergence import kl_backward, kl_forward, mse_backward, mse_forward
 from spd_fast.kernels.faithfulness import faithfulness_backward, faithfulness_forward
 from spd_fast.kernels.gate import gate_backward, gate_forward
 
@@ -13,4 +14,8 @@ TABLE = {
     "component_linear_backward": component_linear_backward,
     "faithfulness_forward": faithfulness_forward,
     "faithfulness_backward": faithfulness_backward,
+    "mse_divergence_forward": mse_forward,
+    "mse_divergence_backward": mse_backward,
+    "kl_divergence_forward": kl_forward,
+    "kl_divergence_backward": kl_backward,
 }

@@ -17,8 +17,10 @@ from spd_fast.kernels.configs import CONFIGS, Config
 # Operand class of a configuration set → (element type, precision of its products).
 _OPERANDS = {"mma": (("bf16", "ieee"), ("fp32", "tf32")), "ieee": (("fp32", "ieee"),),
              "any": (("bf16", "ieee"), ("fp32", "ieee"))}  # fmt: skip
-_FP32_POINTERS = {"w_in", "b_in", "w_out", "b_out", "partial", "grad_sum", "delta", "d_bar", "lse_p",
-                  "lse_q", "scale", "loss", "sums"}  # fmt: skip
+_FP32_POINTERS = {
+    "w_in", "b_in", "w_out", "b_out", "partial", "grad_sum", "delta", "d_bar", "lse_p", "lse_q",
+    "scale", "loss", "sums",
+}  # fmt: skip
 _INT32_POINTERS = {"counts"}
 _INT64_POINTERS = {"key", "order", "starts", "tokens"}
 _BYTE_POINTERS = {"routing"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spd_fast import backends
 from spd_fast.errors import UserError
-from spd_fast.ops._library import composite
+from spd_fast.ops import _fused
+from spd_fast.ops._library import composite, primitive
 
 __all__ = ["DivergenceKind", "divergence", "kl_divergence", "mse_divergence"]
 
@@ -32,6 +34,78 @@ def _kl(prediction: Tensor, target: Tensor) -> Tensor:
     return per_entry.sum() / positions
 
 
+# Where there are fused kernels: on a CPU torch's own few passes are as good.
+_FUSED_DEVICES = ("cuda",)
+
+
+def _scalar(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.float32)
+
+
+@primitive("mse_divergence_forward(Tensor prediction, Tensor target) -> Tensor")
+def _(prediction: Tensor, target: Tensor) -> Tensor:
+    return _scalar(prediction)
+
+
+@primitive("mse_divergence_backward(Tensor grad, Tensor prediction, Tensor target) -> Tensor")
+def _(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+@primitive("kl_divergence_forward(Tensor prediction, Tensor target) -> (Tensor, Tensor, Tensor)")
+def _(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = prediction.shape[:-1].numel()
+    lse = prediction.new_empty(rows, dtype=torch.float32)
+    return _scalar(prediction), lse, torch.empty_like(lse)
+
+
+@primitive(
+    "kl_divergence_backward(Tensor grad, Tensor prediction, Tensor target, Tensor lse_prediction, "
+    "Tensor lse_target) -> Tensor"
+)
+def _(grad: Tensor, prediction: Tensor, *_: Tensor) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+class _FusedMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(prediction, target)
+        return _fused.kernel("mse_divergence_forward", prediction)(prediction, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        backward = _fused.kernel("mse_divergence_backward", grad)
+        return backward(grad, *ctx.saved_tensors), None
+
+
+class _FusedKL(torch.autograd.Function):
+    """Keeps two logarithms a position beside its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
+        forward = _fused.kernel("kl_divergence_forward", prediction)
+        loss, lse_prediction, lse_target = forward(prediction, target)
+        ctx.save_for_backward(prediction, target, lse_prediction, lse_target)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        backward = _fused.kernel("kl_divergence_backward", grad)
+        return backward(grad, *ctx.saved_tensors), None
+
+
+def _backend(prediction: Tensor, target: Tensor) -> str:
+    if prediction.device.type not in _FUSED_DEVICES or target.requires_grad:
+        return "reference"
+    return backends.resolve(
+        None,
+        prediction.device,
+        "divergence",
+        lambda name: _fused.unsupported_dtype(name, prediction),
+    )
+
+
 def _check(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         raise ValueError(
@@ -42,7 +116,11 @@ def _check(prediction: Tensor, target: Tensor) -> None:
 def mse_divergence(prediction: Tensor, target: Tensor) -> Tensor:
     """Σ (prediction − target)² / numel. Shapes equal; returns a scalar; NaN when empty."""
     _check(prediction, target)
-    return _mse(prediction, target)
+    chosen = _backend(prediction, target)
+    if chosen == "reference":
+        return _mse(prediction, target)
+    _fused.load(chosen)
+    return _FusedMSE.apply(prediction, target)
 
 
 def kl_divergence(prediction: Tensor, target: Tensor) -> Tensor:
@@ -51,7 +129,11 @@ def kl_divergence(prediction: Tensor, target: Tensor) -> Tensor:
     Both are logits [..., vocabulary]; returns a scalar, 0 when there are no positions.
     """
     _check(prediction, target)
-    return _kl(prediction, target)
+    chosen = _backend(prediction, target)
+    if chosen == "reference":
+        return _kl(prediction, target)
+    _fused.load(chosen)
+    return _FusedKL.apply(prediction, target)
 
 
 def divergence(prediction: Tensor, target: Tensor, kind: DivergenceKind) -> Tensor:

@@ -36,7 +36,7 @@ def check(sigmoid, penalty, shape, hidden, layout=None):
 
 @pytest.mark.parametrize("sigmoid", ["paper", "2026"])
 @pytest.mark.parametrize("hidden", [(), (1,), (16,)])
-@pytest.mark.parametrize("shape", [(3, 1, 2), (67, 19, 70)])
+@pytest.mark.parametrize("shape", [(3, 1, 2), (35, 19, 34)])
 def test_results_and_gradients_are_the_oracles(shape, hidden, sigmoid, regime):
     check(sigmoid, Penalty("lp", 2.0), shape, hidden)
 
@@ -58,19 +58,15 @@ def test_any_layout(layout, regime):
 @pytest.mark.parametrize("needed", ["inner", "lower", "penalty_sum"])
 def test_each_output_alone_carries_its_gradient(needed):
     t = {k: v.float() for k, v in cases.make_inputs(9, 4, 5, (3,)).items()}
+    runs = cases.runner("paper", cases.LP, "triton"), cases.truth("paper", cases.LP)
     results = []
-    for backend in ("triton", "reference"):
+    for run in runs:
         leaves = {k: v.clone().requires_grad_() for k, v in t.items()}
-        run = (
-            cases.runner("paper", cases.LP, "triton")
-            if backend == "triton"
-            else cases.truth("paper", cases.LP)
-        )
-        out = run(leaves)[needed]
+        total = run(leaves)[needed].sin().sum()
         results.append(
             torch.autograd.grad(
-                out.sin().sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
-            )  # fmt: skip
+                total, list(leaves.values()), materialize_grads=True, allow_unused=True
+            )
         )
     for got, truth in zip(*results, strict=True):
         torch.testing.assert_close(got, truth, atol=2e-5, rtol=1e-4)

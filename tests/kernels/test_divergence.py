@@ -1,0 +1,64 @@
+"""Squared error, KL and linear-KL in Triton against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spd_fast.ops import divergence
+from tests import oracle
+from tests.checks import assert_matches_oracle, normal
+
+pytestmark = pytest.mark.usefixtures("triton_ops")
+ORACLE = {"mse": oracle.mse, "kl": oracle.kl}
+
+
+def check(kind, inputs):
+    target = inputs["target"].float()
+
+    def run(t):
+        return {"loss": divergence(t["prediction"], target.to(t["prediction"].dtype), kind)}
+
+    def truth(t):
+        return {"loss": ORACLE[kind](t["prediction"], target.to(t["prediction"].dtype))}
+
+    assert_matches_oracle(
+        run,
+        truth,
+        {"prediction": inputs["prediction"]},
+        {"loss": torch.tensor(1.7, dtype=torch.float64)},
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("kind", ORACLE)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 2100)])
+def test_loss_and_gradient_are_the_oracles(kind, shape):
+    check(kind, {"prediction": normal(1, *shape, scale=3), "target": normal(2, *shape, scale=3)})
+
+
+def test_kl_survives_large_logits():
+    shift = torch.tensor([[300.0], [-4000.0]], dtype=torch.float64)
+    check("kl", {"prediction": normal(1, 2, 9) + shift, "target": normal(2, 2, 9) - shift})
+
+
+def test_kl_of_equal_logits_is_zero_with_zero_gradient():
+    logits = normal(1, 4, 33).float().requires_grad_()
+    loss = divergence(logits, logits.detach(), "kl")
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.abs() < 1e-6
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("chunk", [40, 2**20])
+def test_linear_kl_is_the_kl_of_the_logits(chunk, monkeypatch):
+    from spd_fast.kernels import divergence as kernels
+
+    monkeypatch.setattr(kernels, "LOGITS", chunk)
+    x, t, head = normal(1, 7, 5), normal(2, 7, 5), normal(3, 19, 5)
+    leaf = x.clone().requires_grad_()
+    truth = oracle.kl(leaf @ head.T, t @ head.T)
+    (truth_grad,) = torch.autograd.grad(truth, leaf)
+    loss, grad = kernels.linear_kl(x.float(), t.float(), head.float(), True)
+    torch.testing.assert_close(loss.double(), truth.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(grad.double(), truth_grad, atol=1e-6, rtol=1e-5)
