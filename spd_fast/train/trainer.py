@@ -228,9 +228,14 @@ class Trainer:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"checkpoint {path} does not fit the model: {reason}") from None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in checkpoint.optimizer.items():
             index, _, name = key.partition(".")
+            like = parameters[int(index)]
+            # Fused Adam takes it for granted that moments lie in memory as their parameter does.
+            moment = value.shape == like.shape
+            value = torch.empty_like(like).copy_(value) if moment else value
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.step = checkpoint.step
