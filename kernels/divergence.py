@@ -5,8 +5,8 @@
 
 Each reads its operands once forward and once backward and writes the gradient once; nothing of
 their size is kept between the two (KL keeps two logarithms a row). Forward KL is one pass: with
-running maxima, X = Σ e^{p − max p} ((p − max p) − (q − max q)) is rescaled as the softmax sums Z are,
-and KL_n = X / Z_p − log Z_p + log Z_q.
+running maxima, X = Σ e^{p − max p} ((p − max p) − (q − max q)) is rescaled as the softmax sums Z
+are, and KL_n = X / Z_p − log Z_p + log Z_q.
 
 Liger-Kernel's FusedLinearJSD at β = 0 is the nearest library kernel to the linear form; it keeps
 fp32 logits of a chunk, also where bf16 logits are given, and is a dependency of its own, so this is

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spd_fast.ops._library import LIBRARY
 
-__all__ = ["kernel", "load", "unsupported_dtype", "unsupported_weight"]
+__all__ = ["autocast", "kernel", "load", "per_component", "unsupported_dtype", "unsupported_weight"]
 
 PRIMITIVES = (
     "gate_forward",
@@ -62,6 +62,21 @@ def _extension_function(name: str) -> Callable[..., Any]:
     from spd_fast import _extension
 
     return getattr(_extension.module(), name)
+
+
+def per_component(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty [rows, columns] in the layout of the device's kernels: columns together on a CPU,
+    rows together elsewhere."""
+    if like.device.type == "cpu":
+        return like.new_empty(columns, rows).t()
+    return like.new_empty(rows, columns)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype of an active autocast on a GPU: the kernels take fp32 parameters as is."""
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
 
 
 def unsupported_weight(weight: Tensor | None) -> str | None:

@@ -97,13 +97,13 @@ def _(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     need_x, need_inner, need_V, need_U, need_lower, need_source, need_delta, need_bias = args[-8:]
 
     def per_component(needed: bool) -> Tensor | None:
-        return x.new_empty(C, N).t() if needed else None
+        return _fused.per_component(x, N, C) if needed else None
 
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None,
         per_component(need_inner),
-        x.new_empty(V.shape) if need_V else None,
-        x.new_empty(U.shape) if need_U else None,
+        V.new_empty(V.shape) if need_V else None,
+        U.new_empty(U.shape) if need_U else None,
         per_component(need_lower),
         per_component(need_source),
         x.new_empty(N) if need_delta else None,
@@ -241,5 +241,5 @@ def component_linear(
         y = _reference(*arguments)
     else:
         _fused.load(chosen)
-        y = _ComponentLinear.apply(*arguments)
+        y = _ComponentLinear.apply(_fused.autocast(arguments[0]), *arguments[1:])
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], d_out)

@@ -75,19 +75,15 @@ _FORWARD_ARGUMENTS = (
 )
 
 
-def _component_major(like: Tensor, rows: int, columns: int) -> Tensor:
-    return like.new_empty(columns, rows).t()
-
-
 @primitive(f"gate_forward({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _(
     x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape[0], V.shape[1]
     return (
-        _component_major(x, rows, columns),
-        _component_major(x, rows, columns),
-        x.new_empty(columns),
+        _fused.per_component(x, rows, columns),
+        _fused.per_component(x, rows, columns),
+        V.new_empty(columns),
     )
 
 
@@ -209,7 +205,9 @@ def gate(
             w_in = b_in = V.new_empty(components, 0)
         else:
             w_in, b_in = weights[0][:, 0], biases[0]
-        out = _Gate.apply(rows, V, w_in, b_in, weights[-1][:, :, 0], biases[-1][:, 0], *options)
+        out = _Gate.apply(
+            _fused.autocast(rows), V, w_in, b_in, weights[-1][:, :, 0], biases[-1][:, 0], *options
+        )
     inner, lower, sums = out
     if x.ndim != 2:
         shape = (*x.shape[:-1], components)
