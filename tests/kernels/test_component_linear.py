@@ -95,7 +95,9 @@ def test_incoming_gradients_and_inputs_are_not_written(regime):
     assert all(torch.equal(t[k].detach(), before[k]) for k in t)
 
 
+@pytest.mark.parametrize("regime", ["library"], indirect=True)
 def test_bf16_is_near_the_fp32_result(regime):
+    # Only without tile products: the interpreter multiplies the bits of bf16 tiles as integers.
     kind = cases.FULL
     t = {
         k: v.bfloat16() if v.is_floating_point() else v
