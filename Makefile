@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint coverage sanitize bench bench-memory bench-micro profile kernels clean
+.PHONY: setup demo test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels clean
 
 setup: $(STAMP)
 
@@ -50,17 +50,26 @@ coverage: setup
 # Speed beside the reference, torch.compile and the bare matrix products; writes bench/results/.
 bench: setup
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.plot
 
 # Memory against the number of components.
 bench-memory: setup
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.plot
+
+# Every provider's results and gradients against float64, at full size.
+bench-verify: setup
+	$(BIN)/python -m bench.verify
 
 bench-micro: setup
-	$(BIN)/python -m pytest bench/test_micro.py
+	$(BIN)/python -m pytest bench/test_micro.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 # One training step by phase and operation, and a trace for Perfetto.
+EXPERIMENT ?= tms_40-10
+BACKEND ?= auto
 profile: setup
-	$(BIN)/python -m bench.profile_step $(or $(NAME),tms_40-10) --trace profile.json
+	mkdir -p build
+	$(BIN)/python -m bench.profile_step $(EXPERIMENT) --backend $(BACKEND) --trace build/$(EXPERIMENT).json
 
 # Every Triton kernel compiled for every target without a GPU: registers, shared memory, spills.
 kernels: setup
