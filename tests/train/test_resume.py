@@ -38,13 +38,13 @@ def start(out: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
 
 
 def kill_after(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
     """SIGKILL as soon as that checkpoint is there, while the run goes on past it."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (out / "checkpoints" / f"step_{step}").exists():
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline

@@ -1,0 +1,160 @@
+"""The ground-truth check on matrices whose errors are planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spd_fast.evaluate import (
+    Expected,
+    dense_error,
+    identity_error,
+    live_components,
+    probe_importances,
+)
+from spd_fast.evaluate.ground_truth import permute_dense, permute_identity
+from spd_fast.model import DecomposedModel
+from spd_fast.targets import TMS
+from tests import oracle
+
+SIZES = st.tuples(st.integers(1, 7), st.integers(0, 5), st.integers(0, 10_000))
+
+
+def noise(rng, rows, columns):
+    """Values that are off, down to the slightly negative ones of the paper's sigmoid."""
+    return rng.uniform(-0.01, 0.1, (rows, columns))
+
+
+def identity(rng, n, extra):
+    """An identity of n features and n + extra components, all values within their bounds."""
+    matrix = noise(rng, n, n + extra)
+    matrix[np.arange(n), np.arange(n)] = rng.uniform(0.9, 1.0, n)
+    return matrix
+
+
+def shuffle(rng, matrix):
+    return matrix[:, rng.permutation(matrix.shape[1])]
+
+
+@given(SIZES)
+def test_any_permuted_identity_has_no_error(sizes):
+    n, extra, seed = sizes
+    rng = np.random.default_rng(seed)
+    assert identity_error(shuffle(rng, identity(rng, n, extra)), n) == 0
+
+
+@given(SIZES, st.data())
+def test_every_planted_error_of_an_identity_counts_once(sizes, data):
+    n, extra, seed = sizes
+    rng = np.random.default_rng(seed)
+    matrix = identity(rng, n, extra)
+    cells = [(i, j) for i in range(n) for j in range(n + extra)]
+    planted = data.draw(st.sets(st.sampled_from(cells)))
+    for i, j in planted:
+        # Too weak for an assignment to change: any other has a smaller sum.
+        matrix[i, j] = rng.uniform(0.6, 0.89) if i == j else rng.uniform(0.11, 0.29)
+    assert identity_error(shuffle(rng, matrix), n) == len(planted)
+
+
+@given(SIZES)
+def test_the_diagonal_of_the_permuted_identity_is_the_features_own(sizes):
+    n, extra, seed = sizes
+    rng = np.random.default_rng(seed)
+    matrix = shuffle(rng, identity(rng, n, extra))
+    order = permute_identity(matrix)
+    assert sorted(order) == list(range(n + extra))
+    assert (np.diag(matrix[:, order]) >= 0.9).all()
+
+
+def test_columns_that_belong_to_no_feature_follow_by_their_mass():
+    matrix = np.array([[0.0, 0.05, 1.0, 0.09], [0.01, 0.0, 0.0, 0.99]])
+    assert permute_identity(matrix).tolist() == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize(("value", "errors"), [(0.9, 0), (0.89, 1), (1.0, 0)])
+def test_on_is_at_least_nine_tenths(value, errors):
+    assert identity_error(np.array([[value]]), 1) == errors
+
+
+@pytest.mark.parametrize(("value", "errors"), [(0.1, 0), (0.11, 1), (-0.5, 0)])
+def test_off_is_at_most_a_tenth(value, errors):
+    assert identity_error(np.array([[1.0, value]]), 1) == errors
+
+
+def test_components_that_serve_two_features_are_errors():
+    # One component for both features: one is off where it should be on, one on where off.
+    assert identity_error(np.array([[1.0, 0.0], [1.0, 0.0]]), 2) == 2
+
+
+def test_missing_components_are_errors():
+    assert identity_error(np.array([[1.0], [0.0]]), 2) == 1
+
+
+def test_nothing_alive_makes_every_feature_an_error():
+    assert identity_error(np.zeros((5, 20)), 5) == 5
+
+
+def dense(rng, n, k, extra):
+    """k components, each on for at least one of n features; the rest off."""
+    matrix = noise(rng, n, k + extra)
+    matrix[:, :k] = rng.uniform(0.2, 1.0, (n, k))
+    matrix[rng.integers(0, n, k), np.arange(k)] = rng.uniform(0.9, 1.0, k)
+    return matrix
+
+
+@given(SIZES, st.integers(1, 5))
+def test_any_dense_block_has_no_error(sizes, k):
+    n, extra, seed = sizes
+    rng = np.random.default_rng(seed)
+    assert dense_error(shuffle(rng, dense(rng, n, k, extra)), k) == 0
+
+
+@given(SIZES, st.integers(1, 5), st.data())
+def test_every_planted_error_of_a_dense_block_counts_once(sizes, k, data):
+    n, extra, seed = sizes
+    rng = np.random.default_rng(seed)
+    matrix = dense(rng, n, k, extra)
+    weak = data.draw(st.sets(st.integers(0, k - 1)))
+    for c in weak:  # lighter than a full column, heavier than an idle one
+        matrix[:, c] = 0.5
+    idle = [(i, j) for i in range(n) for j in range(k, k + extra)]
+    alive = data.draw(st.sets(st.sampled_from(idle), max_size=1)) if idle else set()
+    for i, j in alive:
+        matrix[i, j] = 0.15
+    assert dense_error(shuffle(rng, matrix), k) == len(weak) + len(alive)
+
+
+def test_dense_columns_come_by_their_mass():
+    assert permute_dense(np.array([[0.1, 1.0, 0.5], [0.1, 0.0, 0.9]])).tolist() == [2, 1, 0]
+
+
+def test_missing_dense_components_are_errors():
+    assert dense_error(np.ones((4, 1)), 3) == 2
+
+
+def test_live_components_exceed_a_tenth_somewhere():
+    matrix = np.array([[0.1, 0.11, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [-0.5, 0.0, 0.0, 0.0]])
+    assert live_components(matrix) == 2
+
+
+def test_expected_identities_and_dense_blocks_use_their_own_check():
+    matrix = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert Expected("identity", 2).error(matrix) == 2
+    assert Expected("dense", 1).error(matrix) == 0
+    assert Expected("identity", 2).permute(matrix[:, ::-1]).tolist() in ([0, 1], [1, 0])
+    assert Expected("dense", 1).permute(matrix[:, ::-1]).tolist() == [1, 0]
+
+
+def test_probes_are_three_quarters_of_each_feature():
+    model = DecomposedModel(TMS(5, 2), {"linear1": 4}, ci_hidden=(3,), backend="reference")
+    gate = model.ci_fn("linear1")
+    _, lower, _ = oracle.gate(
+        0.75 * torch.eye(5), model.V("linear1"), gate.weights, gate.biases, "paper",
+        ("none", 1.0, 0.0),
+    )  # fmt: skip
+    probes = probe_importances(model, 5)
+    assert list(probes) == ["linear1"]
+    np.testing.assert_allclose(probes["linear1"], lower.detach().numpy(), atol=1e-6)
