@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -28,7 +29,20 @@ _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
-@torch.compiler.assume_constant_result
+_F = TypeVar("_F", bound=Callable)
+
+
+def constant_when_compiled(function: _F) -> _F:
+    """Let torch.compile call ``function`` while tracing and take its answer as a constant.
+
+    The mark that torch.compiler.assume_constant_result sets, without importing the compiler:
+    that would double the time of importing the operations.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run in this process, or None if it can."""
     # torch.compile takes the answer as a constant: it cannot trace the imports behind it.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spd_fast.backends import constant_when_compiled
 from spd_fast.ops._library import LIBRARY
 
 __all__ = ["autocast", "kernel", "load", "per_component", "unsupported_dtype", "unsupported_weight"]
@@ -23,7 +24,7 @@ PRIMITIVES = (
 )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def load(backend: str) -> None:
     """Register the kernels of ``backend`` for its device; the second call does nothing."""
     # torch.compile calls it while tracing and keeps nothing of it in the graph.

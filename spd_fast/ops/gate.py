@@ -89,7 +89,7 @@ def _(
 
 @primitive(
     "gate_backward(Tensor? grad_inner, Tensor? grad_lower, Tensor? grad_penalty, Tensor x, "
-    "Tensor V, Tensor inner, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, str sigmoid, "
+    "Tensor V, Tensor? inner, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, str sigmoid, "
     "str penalty, float power, float eps, bool need_grad_x) -> "
     "(Tensor?, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -99,7 +99,7 @@ def _(
     grad_penalty: Tensor | None,
     x: Tensor,
     V: Tensor,
-    inner: Tensor,
+    inner: Tensor | None,
     w_in: Tensor,
     b_in: Tensor,
     w_out: Tensor,
@@ -115,6 +115,10 @@ def _(
     return (x.new_empty(x.shape) if need_grad_x else None, *grads)
 
 
+# Above this many elements a GPU's backward makes h again, chunk by chunk, instead of keeping it.
+_STREAMED = 2**28
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,7 +129,8 @@ class _Gate(torch.autograd.Function):
         ctx.options = (sigmoid, penalty, power, eps)
         forward = _fused.kernel("gate_forward", x)
         inner, lower, sums = forward(x, V, w_in, b_in, w_out, b_out, *ctx.options)
-        ctx.save_for_backward(x, V, inner, w_in, b_in, w_out, b_out)
+        kept = None if x.is_cuda and inner.numel() > _STREAMED else inner
+        ctx.save_for_backward(x, V, kept, w_in, b_in, w_out, b_out)
         return inner, lower, sums
 
     @staticmethod
