@@ -108,7 +108,10 @@ def _step(work: Workload, backend: str, compiled: bool) -> Callable[[bool], None
         out = gate(x, V, weights, biases, sigmoid="2026", penalty=Penalty("lp", 2.0),
                    backend=backend)  # fmt: skip
         recipe = MaskRecipe(out.lower, RandomSource(key))
-        return component_linear(x, V, U, recipe, inner=out.inner, backend=backend), out.penalty_sum
+        # A wide dictionary streams: both backwards make h again, nobody keeps it.
+        inner = out.inner if work.N * work.C <= 2**28 else None
+        y = component_linear(x, V, U, recipe, inner=inner, backend=backend)
+        return y, out.penalty_sum
 
     run = torch.compile(forward) if compiled else forward
 
