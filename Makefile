@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels clean
+.PHONY: setup demo test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels gpu clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,11 @@ profile: setup
 # Every Triton kernel compiled for every target without a GPU: registers, shared memory, spills.
 kernels: setup
 	$(BIN)/python -m spd_fast.kernels.compile
+
+# On a machine with a GPU, without network: its own Python with torch, Triton and pytest.
+gpu:
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m bench.gpu --out bench/results/gpu.csv
 
 clean:
 	rm -rf build *.egg-info spd_fast/*.so .pytest_cache .ruff_cache .mypy_cache
