@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(64, 32), _tile(32, 64)),
     },
-    "gate_backward": {"any": (_tile(64, 32), _tile(32, 64))},
+    "gate_backward": {"any": (_tile(32, 32), _tile(32, 64))},
     "mask_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
         "ieee": (_tile(32, 32, 16, stages=2),),
