@@ -65,11 +65,18 @@ class Run:
         return self.model.target
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl.
+
+        Raises:
+            UserError: a line that cannot be read.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); `run … --resume` mends it") from None
 
     def evaluation(self) -> dict[str, Any]:
         """What eval.json holds."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 200, 20
 # What `spd-fast run` does, without the report that follows.
 PROGRAM = f"""
@@ -31,7 +32,7 @@ experiments.run(config, Path(sys.argv[1]), quiet=True, resume=True)
 def start(out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

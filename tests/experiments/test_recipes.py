@@ -1,0 +1,141 @@
+"""The recipes that ship with the package, against the paper's table."""
+
+from __future__ import annotations
+
+import pytest
+
+from spd_fast.errors import UserError
+from spd_fast.experiments import expected_sites, recipe, recipes
+from spd_fast.targets import make_target
+from spd_fast.train import parse_config
+
+TMS = ("tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id")
+MLP = ("resid_mlp1", "resid_mlp2", "resid_mlp3")
+ALL = pytest.mark.parametrize("name", [*TMS, *MLP])
+
+# name: C, gate hidden, coefficient (text or code), p, lr, schedule, steps (text or code), batch
+PAPER = {
+    "tms_5-2": (20, 16, {3e-3}, 1, 1e-3, "quarter_cosine", {40_000}, 4096),
+    "tms_5-2-id": (20, 16, {3e-3}, 1, 1e-3, "quarter_cosine", {40_000}, 4096),
+    "tms_40-10": (200, 16, {1e-4}, 2, 1e-3, "quarter_cosine", {40_000}, 4096),
+    "tms_40-10-id": (200, 16, {1e-4}, 2, 1e-3, "quarter_cosine", {40_000}, 4096),
+    "resid_mlp1": (100, 16, {1e-5}, 2, 2e-3, "constant", {30_000}, 2048),
+    "resid_mlp2": (400, 16, {1e-5, 2e-5}, 2, 1e-3, "constant", {50_000}, 2048),
+    "resid_mlp3": (500, 128, {5e-6}, 2, 1e-3, "constant", {100_000, 200_000}, 2048),
+}
+
+
+def config(name):
+    return parse_config(recipe(name))
+
+
+def test_every_experiment_of_the_paper_ships():
+    assert set(recipes()) == set(PAPER)
+
+
+@ALL
+def test_a_recipe_has_the_papers_hyperparameters(name):
+    C, hidden, coefficients, p, lr, schedule, steps, batch = PAPER[name]
+    found = config(name)
+    assert set(found.sites.values()) == {C}
+    assert found.ci_hidden == (hidden,)
+    assert found.losses.importance_minimality.coeff in coefficients
+    assert found.losses.importance_minimality.p == p
+    assert (found.lr, found.lr_schedule) == (lr, schedule)
+    assert found.steps in steps
+    assert (found.batch_size, found.draws, found.preset) == (batch, 1, "paper")
+
+
+@ALL
+def test_every_loss_of_the_paper_has_coefficient_one(name):
+    losses = config(name).losses
+    assert losses.faithfulness == losses.stochastic_recon == losses.stochastic_recon_layerwise == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "hidden", "identities", "zero_bias", "batch"),
+    [
+        ("tms_5-2", 5, 2, 0, False, 1024),
+        ("tms_5-2-id", 5, 2, 1, False, 1024),
+        ("tms_40-10", 40, 10, 0, True, 8192),
+        ("tms_40-10-id", 40, 10, 1, True, 8192),
+    ],
+)
+def test_tms_targets_are_the_papers(name, features, hidden, identities, zero_bias, batch):
+    target = config(name).target
+    assert (target.features, target.hidden, target.identity_layers) == (
+        features,
+        hidden,
+        identities,
+    )
+    assert (target.zero_bias, target.batch_size) == (zero_bias, batch)
+    assert (target.lr, target.weight_decay, target.steps) == (5e-3, 0.01, 10_000)
+    assert target.probability == 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "d_mlp", "layers", "steps"),
+    [("resid_mlp1", 100, 50, 1, 1000), ("resid_mlp2", 100, 25, 2, 1000),
+     ("resid_mlp3", 102, 17, 3, 10_000)],
+)  # fmt: skip
+def test_residual_mlp_targets_are_the_papers(name, features, d_mlp, layers, steps):
+    target = config(name).target
+    assert (target.features, target.d_mlp, target.layers) == (features, d_mlp, layers)
+    assert (target.d_embed, target.steps, target.lr) == (1000, steps, 3e-3)
+    assert (target.batch_size, target.weight_decay, target.probability) == (2048, 0.01, 0.01)
+
+
+@ALL
+def test_every_site_has_a_known_mechanism(name):
+    from spd_fast.model.sites import resolve_sites
+
+    found = config(name)
+    sites = resolve_sites(make_target(found.target, 0), found.sites)
+    assert list(sites) == [n for n in sites if n in expected_sites(found)]
+    assert set(sites) == set(expected_sites(found))
+
+
+def expected(name):
+    return {n: (e.pattern, e.components) for n, e in expected_sites(config(name)).items()}
+
+
+def test_tms_sites_are_identities_and_the_identity_layer_is_dense():
+    assert expected("tms_40-10-id") == {
+        "linear1": ("identity", 40), "linear2": ("identity", 40), "hidden_layers.0": ("dense", 10),
+    }  # fmt: skip
+
+
+def test_residual_mlp_sites_are_identities_in_and_dense_out():
+    assert expected("resid_mlp2") == {
+        "layers.0.mlp_in": ("identity", 100), "layers.0.mlp_out": ("dense", 25),
+        "layers.1.mlp_in": ("identity", 100), "layers.1.mlp_out": ("dense", 25),
+    }  # fmt: skip
+
+
+@ALL
+def test_a_recipe_has_its_own_name_and_a_description(name):
+    assert config(name).name == name
+    assert len(recipes()[name]) > 20
+
+
+def test_an_unknown_name_lists_the_nearest():
+    with pytest.raises(UserError, match="unknown experiment 'tms_52'; nearest: 'tms_5-2'"):
+        recipe("tms_52")
+
+
+@pytest.mark.parametrize("name", ["../experiments/tms_5-2", "", ".", "/etc/passwd"])
+def test_a_path_is_no_name(name):
+    with pytest.raises(UserError, match="unknown experiment"):
+        recipe(name)
+
+
+@pytest.mark.parametrize("ending", [".yaml", ".yml"])
+def test_a_file_is_read_by_its_ending(tmp_path, ending):
+    path = tmp_path / f"mine{ending}"
+    path.write_text("name: mine\n")
+    assert recipe(str(path)) == {"name": "mine"}
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(UserError, match=r"no configuration file none.yaml"):
+        recipe("none.yaml")
