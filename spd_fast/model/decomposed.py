@@ -212,13 +212,15 @@ class DecomposedModel(nn.Module):
         sites: Iterable[str] | None = None,
         clean: CleanForward | None = None,
         importances: Importances | None = None,
+        inputs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """The target's output with the named sites (all by default) replaced by masked components.
 
         Every other site keeps its original weight. Given the ``clean`` forward of the same batch,
         work that cannot differ from it is not done again: modules that finish before the first
         masked site is called return their clean outputs, and that site takes its inner activations
-        from ``importances``.
+        from ``importances``. A dict given as ``inputs`` is filled with the inputs that the masked
+        sites receive.
 
         Raises:
             UserError: an unknown site.
@@ -236,16 +238,22 @@ class DecomposedModel(nn.Module):
                     forwards[name] = _constant(clean.outputs[name])
         for name in names:
             inner = importances[name].inner if importances is not None and name == first else None
-            forwards[name] = self._masked(self.sites[name], masking, inner)
+            forwards[name] = self._masked(self.sites[name], masking, inner, inputs)
         with overridden_forwards(self.target, forwards):
             return self.target(batch)
 
     def _masked(
-        self, site: Site, masking: Masking, inner: Tensor | None
+        self,
+        site: Site,
+        masking: Masking,
+        inner: Tensor | None,
+        inputs: dict[str, Tensor] | None,
     ) -> Callable[[Tensor], Tensor]:
         name = site.name
 
         def forward(x: Tensor) -> Tensor:
+            if inputs is not None:
+                inputs[name] = x
             return ops.component_linear(
                 x, self.V(name), self.U(name), masking.recipe(site),
                 weight=site.weight, bias=site.bias, inner=inner,

@@ -53,12 +53,13 @@ class CIMask:
 
     importances: Importances
     threshold: float | None = None
+    routing: Mapping[str, Tensor] = field(default_factory=dict)
 
     def recipe(self, site: Site) -> MaskRecipe:
-        lower = self.importances[site.name].lower
+        lower, routing = self.importances[site.name].lower, self.routing.get(site.name)
         if self.threshold is None:
-            return MaskRecipe(lower)
-        return MaskRecipe(source=(lower > self.threshold).to(lower.dtype))
+            return MaskRecipe(lower, routing=routing)
+        return MaskRecipe(source=(lower > self.threshold).to(lower.dtype), routing=routing)
 
 
 @dataclass(frozen=True)

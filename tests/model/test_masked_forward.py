@@ -202,3 +202,24 @@ def test_reusing_the_clean_forward_changes_nothing_on_every_backend(sites, backe
     truth = toys.gradients(model, plain)
     for name, gradient in toys.gradients(model, reused).items():
         torch.testing.assert_close(gradient, truth[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_it_hands_out_the_inputs_of_the_masked_sites():
+    model = toys.decomposed()
+    linear, seen, expected = toys.masked(model, ones(model)), {}, {}
+    model.masked_forward(X, Ones(), inputs=seen)
+
+    def watched(name, x):
+        expected[name] = x
+        return linear(name, x)
+
+    toys.by_hand(X, watched)
+    torch.testing.assert_close(seen, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_ci_masks_leave_what_is_not_routed_alone():
+    model = toys.decomposed()
+    routing = {n: torch.arange(9) % 3 == i % 3 for i, n in enumerate(model.sites)}
+    got = model.masked_forward(X, CIMask(importances(model), routing=routing))
+    lower = {n: g for n, (g, _) in toys.importances(model, X).items()}
+    toys.assert_same_gradients(model, got, by_hand(model, lower, routing=routing))
