@@ -73,7 +73,7 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
         "ieee": (_tile(32, 16, 16), _tile(16, 32, 16)),
     },
     "importances": {"any": (_tile(64, 64), _tile(32, 128))},
-    "embedding_segments": {"any": (Config({"BLOCK_C": 256}), Config({"BLOCK_C": 512}))},
+    "embedding_backward": {"any": (_tile(8, 128), _tile(16, 128))},
     "squared_error": {"any": (Config({"BLOCK": 1024}), Config({"BLOCK": 2048}, 8))},
     "kl": {"any": (Config({"BLOCK": 2048}, 8), Config({"BLOCK": 4096}, 16))},
 }

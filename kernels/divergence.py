@@ -1,4 +1,4 @@
-"""Reconstruction divergences with gradient: squared error, KL(target ‖ masked), chunked linear-KL.
+"""Reconstruction divergences with gradient: squared error, KL(target ‖ masked).
 
     MSE = Σ (q − p)² / numel                          q̄ = 2 (q − p) / numel
     KL  = mean_n Σ_v P (log P − log Q)                q̄ = (Q − P) / N       P = softmax(p), …
@@ -7,10 +7,6 @@ Each reads its operands once forward and once backward and writes the gradient o
 their size is kept between the two (KL keeps two logarithms a row). Forward KL is one pass: with
 running maxima, X = Σ e^{p − max p} ((p − max p) − (q − max q)) is rescaled as the softmax sums Z
 are, and KL_n = X / Z_p − log Z_p + log Z_q.
-
-Liger-Kernel's FusedLinearJSD at β = 0 is the nearest library kernel to the linear form; it keeps
-fp32 logits of a chunk, also where bf16 logits are given, and is a dependency of its own, so this is
-written here.
 """
 
 from __future__ import annotations
@@ -21,12 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from spd_fast.kernels.configs import Config, launch, pick
-from spd_fast.kernels.product import mm
 
 # Programs of the squared error: their partial sums are added in a fixed order afterwards.
 SEGMENTS = 1024
-# Logits of the linear form that exist at a time, in elements: 128 MiB in bf16 for each of the two.
-LOGITS = 2**26
 
 
 @triton.jit
@@ -167,13 +160,14 @@ def kl_backward(
     """q̄ in the shape and dtype of ``prediction``."""
     q, p = _rows(prediction), _rows(target)
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=q.device)
-    _kl_gradient(grad.float() / max(q.shape[0], 1), q, p, lse_q, lse_p, out)
+    kl_gradient(grad.float() / max(q.shape[0], 1), q, p, lse_q, lse_p, out)
     return out
 
 
-def _kl_gradient(
+def kl_gradient(
     scale: Tensor, q: Tensor, p: Tensor, lse_q: Tensor, lse_p: Tensor, out: Tensor
 ) -> None:
+    """(Q − P) · scale [N, width] into ``out``, which may be q."""
     N, width = q.shape
 
     def run(config: Config, out: Tensor = out) -> None:
@@ -183,31 +177,3 @@ def _kl_gradient(
 
     if N and width:
         run(pick("kl", "any", q, (N, width), lambda c: run(c, torch.empty_like(out))))
-
-
-def linear_kl(
-    prediction: Tensor, target: Tensor, head: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """KL(softmax(t Wᵀ) ‖ softmax(x Wᵀ)), mean over positions, and its gradient in x.
-
-    prediction x, target t [N, d]; head W [vocabulary, d], without gradient. Logits exist for a
-    chunk of rows at a time, in the dtype of x; the gradient is made with the loss, so that no
-    logits are kept or made twice.
-    """
-    N, vocabulary = prediction.shape[0], head.shape[0]
-    W = head.to(prediction.dtype)
-    size = max(LOGITS // max(vocabulary, 1), 1)
-    total = torch.zeros((), device=prediction.device)
-    grad = (
-        torch.zeros_like(prediction, memory_format=torch.contiguous_format) if need_grad else None
-    )
-    scale = torch.full((), 1 / max(N, 1), device=prediction.device)
-    for first in range(0, N, size):
-        part = slice(first, first + size)
-        q, p = prediction[part] @ W.t(), target[part].to(prediction.dtype) @ W.t()
-        mean, lse_q, lse_p = kl_forward(q, p)
-        total += mean * (q.shape[0] / N)
-        if grad is not None:
-            _kl_gradient(scale, q, p, lse_q, lse_p, q)
-            grad[part] = mm(q, W, prediction.dtype)
-    return total, grad

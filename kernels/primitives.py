@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from spd_fast.kernels.component_linear import component_linear_backward, component_linear_forward
 from spd_fast.kernels.divergence import kl_backward, kl_forward, mse_backward, mse_forward
+from spd_fast.kernels.embedding_inner import embedding_backward, embedding_forward
 from spd_fast.kernels.faithfulness import faithfulness_backward, faithfulness_forward
 from spd_fast.kernels.gate import gate_backward, gate_forward
+from spd_fast.kernels.importances import importances_backward, importances_forward
+from spd_fast.kernels.linear_kl import linear_kl_forward
 
 TABLE = {
     "gate_forward": gate_forward,
@@ -18,4 +21,9 @@ TABLE = {
     "mse_divergence_backward": mse_backward,
     "kl_divergence_forward": kl_forward,
     "kl_divergence_backward": kl_backward,
+    "linear_kl_forward": linear_kl_forward,
+    "importances_forward": importances_forward,
+    "importances_backward": importances_backward,
+    "embedding_forward": embedding_forward,
+    "embedding_backward": embedding_backward,
 }

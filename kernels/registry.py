@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from spd_fast.kernels import component_linear, divergence, embedding, gate, importances, random
+from spd_fast.kernels import (
+    component_linear,
+    divergence,
+    embedding_inner,
+    gate,
+    importances,
+    random,
+)
 from spd_fast.kernels.configs import CONFIGS, Config
 
 # Operand class of a configuration set → (element type, precision of its products).
@@ -19,10 +26,10 @@ _OPERANDS = {"mma": (("bf16", "ieee"), ("fp32", "tf32")), "ieee": (("fp32", "iee
              "any": (("bf16", "ieee"), ("fp32", "ieee"))}  # fmt: skip
 _FP32_POINTERS = {
     "w_in", "b_in", "w_out", "b_out", "partial", "grad_sum", "delta", "d_bar", "lse_p", "lse_q",
-    "scale", "loss", "sums",
+    "scale", "loss", "table_bar",
 }  # fmt: skip
 _INT32_POINTERS = {"counts"}
-_INT64_POINTERS = {"key", "order", "starts", "tokens"}
+_INT64_POINTERS = {"key", "order", "starts"}
 _BYTE_POINTERS = {"routing"}
 _PLAIN_INTS = {"draw", "site", "row_offset", "column"}
 _FLOATS = {"power", "eps", "threshold", "factor"}
@@ -134,7 +141,7 @@ def cases() -> Iterator[Case]:
     ]
     yield from _each("importances", importances.importances_forward_kernel, "any", *scalar_gate)
     yield from _each("importances", importances.importances_backward_kernel, "any", *scalar_gate)
-    yield from _each("embedding_segments", embedding.embedding_segments_kernel, "any", {})
+    yield from _each("embedding_backward", embedding_inner.embedding_backward_kernel, "any", {})
     yield from _each("squared_error", divergence.squared_error_kernel, "any", {})
     yield from _each("squared_error", divergence.squared_error_backward_kernel, "any", {})
     yield from _each("kl", divergence.kl_kernel, "any", {})

@@ -199,3 +199,20 @@ def kl(prediction: Tensor, target: Tensor) -> Tensor:
     log_p = target - torch.logsumexp(target, dim=-1, keepdim=True)
     log_q = prediction - torch.logsumexp(prediction, dim=-1, keepdim=True)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+
+
+def linear_kl(prediction: Tensor, target: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    """KL of the logits that one row of the head at a time makes."""
+    offset = head.new_zeros(head.shape[0]) if bias is None else bias
+    logits = [
+        torch.stack([rows @ head[v] + offset[v] for v in range(head.shape[0])], dim=-1)
+        for rows in (prediction, target)
+    ]
+    return kl(*logits)
+
+
+def embedding_inner(tokens: Tensor, V: Tensor) -> Tensor:
+    """One-hot rows times V."""
+    one_hot = V.new_zeros(*tokens.shape, V.shape[0])
+    one_hot.scatter_(-1, tokens[..., None].long(), 1.0)
+    return one_hot @ V

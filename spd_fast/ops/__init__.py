@@ -2,8 +2,11 @@
 
 from spd_fast.ops.component_linear import component_linear
 from spd_fast.ops.divergence import divergence, kl_divergence, mse_divergence
+from spd_fast.ops.embedding_inner import embedding_inner
 from spd_fast.ops.faithfulness import faithfulness, weight_delta
 from spd_fast.ops.gate import GateOutput, gate, gate_logits
+from spd_fast.ops.importances import ImportancesOutput, importances
+from spd_fast.ops.linear_kl import linear_kl
 from spd_fast.ops.masks import MaskRecipe, materialize_mask
 from spd_fast.ops.penalty import Penalty, penalty_sums
 from spd_fast.ops.random import RandomSource, make_key, philox_4x32, uniform
@@ -12,15 +15,19 @@ from spd_fast.ops.sigmoids import SIGMOIDS, lower_importance, upper_importance
 __all__ = [
     "SIGMOIDS",
     "GateOutput",
+    "ImportancesOutput",
     "MaskRecipe",
     "Penalty",
     "RandomSource",
     "component_linear",
     "divergence",
+    "embedding_inner",
     "faithfulness",
     "gate",
     "gate_logits",
+    "importances",
     "kl_divergence",
+    "linear_kl",
     "lower_importance",
     "make_key",
     "materialize_mask",

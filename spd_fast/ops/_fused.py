@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spd_fast import backends
 from spd_fast.backends import constant_when_compiled
 from spd_fast.ops._library import LIBRARY
 
-__all__ = ["autocast", "kernel", "load", "per_component", "unsupported_dtype", "unsupported_weight"]
+__all__ = [
+    "autocast",
+    "kernel",
+    "load",
+    "per_component",
+    "resolve_on_gpu",
+    "unsupported_dtype",
+    "unsupported_weight",
+]
 
 PRIMITIVES = (
     "gate_forward",
@@ -63,6 +72,24 @@ def _extension_function(name: str) -> Callable[..., Any]:
     from spd_fast import _extension
 
     return getattr(_extension.module(), name)
+
+
+# Device types with kernels for the operations of :func:`resolve_on_gpu`.
+GPU_DEVICES = ("cuda",)
+
+
+def resolve_on_gpu(
+    backend: str | None,
+    tensor: Tensor,
+    operation: str,
+    unsupported: Callable[[str], str | None],
+) -> str:
+    """:func:`spd_fast.backends.resolve` of an operation for which torch's own few passes are what
+    every backend computes with on a CPU: nothing falls back there."""
+    if tensor.device.type not in GPU_DEVICES:
+        backends.check_backend(backend, tensor.device)
+        return "reference"
+    return backends.resolve(backend, tensor.device, operation, unsupported)
 
 
 def per_component(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from spd_fast import backends
 from spd_fast.errors import UserError
 from spd_fast.ops import _fused
 from spd_fast.ops._library import composite, primitive
 
-__all__ = ["DivergenceKind", "divergence", "kl_divergence", "mse_divergence"]
+__all__ = ["DivergenceKind", "divergence", "kl_divergence", "kl_reference", "mse_divergence"]
 
 DivergenceKind = Literal["mse", "kl"]
 
@@ -24,7 +24,8 @@ def _mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @composite("kl_divergence(Tensor prediction, Tensor target) -> Tensor")
-def _kl(prediction: Tensor, target: Tensor) -> Tensor:
+def kl_reference(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mathematics of :func:`kl_divergence`."""
     # Softmax in float32 at least: bf16 log-probabilities lose the small differences that matter.
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     log_q = F.log_softmax(prediction.to(dtype), dim=-1)
@@ -32,10 +33,6 @@ def _kl(prediction: Tensor, target: Tensor) -> Tensor:
     per_entry = F.kl_div(log_q, log_p, reduction="none", log_target=True)
     positions = max(prediction[..., :1].numel(), 1)
     return per_entry.sum() / positions
-
-
-# Where there are fused kernels: on a CPU torch's own few passes are as good.
-_FUSED_DEVICES = ("cuda",)
 
 
 def _scalar(like: Tensor) -> Tensor:
@@ -74,6 +71,7 @@ class _FusedMSE(torch.autograd.Function):
         return _fused.kernel("mse_divergence_forward", prediction)(prediction, target)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         backward = _fused.kernel("mse_divergence_backward", grad)
         return backward(grad, *ctx.saved_tensors), None
@@ -90,19 +88,21 @@ class _FusedKL(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         backward = _fused.kernel("kl_divergence_backward", grad)
         return backward(grad, *ctx.saved_tensors), None
 
 
+def _unsupported(backend: str, prediction: Tensor, target: Tensor) -> str | None:
+    if target.requires_grad and torch.is_grad_enabled():
+        return "it computes no gradient of the target"
+    return _fused.unsupported_dtype(backend, prediction)
+
+
 def _backend(prediction: Tensor, target: Tensor) -> str:
-    if prediction.device.type not in _FUSED_DEVICES or target.requires_grad:
-        return "reference"
-    return backends.resolve(
-        None,
-        prediction.device,
-        "divergence",
-        lambda name: _fused.unsupported_dtype(name, prediction),
+    return _fused.resolve_on_gpu(
+        None, prediction, "divergence", lambda name: _unsupported(name, prediction, target)
     )
 
 
@@ -131,7 +131,7 @@ def kl_divergence(prediction: Tensor, target: Tensor) -> Tensor:
     _check(prediction, target)
     chosen = _backend(prediction, target)
     if chosen == "reference":
-        return _kl(prediction, target)
+        return kl_reference(prediction, target)
     _fused.load(chosen)
     return _FusedKL.apply(prediction, target)
 

@@ -6,7 +6,6 @@ TRITON_INTERPRET is read when a kernel is decorated, so these tests need a proce
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
@@ -25,9 +24,7 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     from spd_fast.kernels import primitives
     from spd_fast.ops import _fused
 
-    # The package's attribute of that name is the function.
-    divergence = importlib.import_module("spd_fast.ops.divergence")
-    monkeypatch.setattr(divergence, "_FUSED_DEVICES", ("cpu",))
+    monkeypatch.setattr(_fused, "GPU_DEVICES", ("cpu",))
     monkeypatch.setattr(backends, "resolve", lambda *_: "triton")
     monkeypatch.setattr(_fused, "load", lambda _: None)
     monkeypatch.setattr(_fused, "kernel", lambda name, _: primitives.TABLE[name])

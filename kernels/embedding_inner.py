@@ -1,0 +1,60 @@
+"""Embedding sites: h = V[token], a gather in the place of the product x V.
+
+The gather's forward is one read and one write of N·C elements, which the library's own kernel does
+at memory speed. Its gradient V̄[t] = Σ_{n: token_n = t} h̄_n is a scatter, which atomics would make
+different from run to run: rows are sorted by token, stably, and each token's rows are added in a
+fixed order. Every row of V̄ has a program, which writes zeros where its token does not occur: the
+zero fill is no extra pass, and no number of occurring tokens has to reach the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spd_fast.kernels.configs import Config, launch, pick
+
+
+@triton.jit
+def embedding_backward_kernel(
+    grad, g_row, g_col, order, starts, table_bar, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """V̄ of one token: the sum of its rows of ``grad``, BLOCK_N at a time."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_cols = (cols < C)[None, :]
+    first, end = tl.load(starts + token), tl.load(starts + token + 1)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(first, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        rows = tl.load(order + position, mask=position < end, other=0)
+        at = rows[:, None] * g_row + cols[None, :] * g_col  # [BN, BC]
+        inside = (position < end)[:, None] & in_cols
+        total += tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(table_bar + token * C + cols, tl.sum(total, axis=0), mask=cols < C)
+
+
+def embedding_forward(tokens: Tensor, V: Tensor) -> Tensor:
+    """h [N, C] of int64 ``tokens`` [N] and V [vocabulary, C]."""
+    return V.index_select(0, tokens)
+
+
+def embedding_backward(grad: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """V̄ [vocabulary, C] in fp32 of h̄ [N, C], the same bits at every run."""
+    N, C = grad.shape
+    if N == 0 or C == 0 or vocabulary == 0:
+        return torch.zeros(vocabulary, C, device=grad.device)
+    out = torch.empty(vocabulary, C, device=grad.device)
+    ordered, order = torch.sort(tokens, stable=True)
+    edges = torch.arange(vocabulary + 1, device=grad.device)
+    starts = torch.searchsorted(ordered, edges)  # [vocabulary + 1]
+
+    def run(config: Config) -> None:
+        grid = (vocabulary, triton.cdiv(C, config.blocks["BLOCK_C"]))
+        launch(embedding_backward_kernel, grad, grid, grad, *grad.stride(), order, starts, out, C,
+               config=config)  # fmt: skip
+
+    run(pick("embedding_backward", "any", grad, (N, C), run))
+    return out

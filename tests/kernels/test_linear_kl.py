@@ -1,0 +1,60 @@
+"""Chunked linear-KL in Triton against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spd_fast.ops import linear_kl
+from tests.checks import assert_matches_oracle
+from tests.ops import test_linear_kl as cases
+
+pytestmark = pytest.mark.usefixtures("triton_ops")
+
+
+@pytest.mark.parametrize("chunk", [40, 2**20])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "d", "vocabulary"), cases.SIZES)
+def test_loss_and_gradient_are_the_oracles(shape, d, vocabulary, bias, chunk, monkeypatch):
+    from spd_fast.kernels import linear_kl as kernels
+
+    monkeypatch.setattr(kernels, "LOGITS", chunk)
+    assert_matches_oracle(
+        cases.runner("triton", bias), cases.truth(bias), cases.make_inputs(shape, d, vocabulary),
+        cases.GRAD, torch.float32,
+    )  # fmt: skip
+
+
+def test_no_more_logits_exist_than_a_chunk(monkeypatch):
+    from spd_fast.kernels import linear_kl as kernels
+
+    seen = []
+    whole = kernels.kl_forward
+    monkeypatch.setattr(kernels, "kl_forward", lambda q, p: (seen.append(q.shape), whole(q, p))[1])
+    monkeypatch.setattr(kernels, "LOGITS", 40)
+    t = {k: v.float() for k, v in cases.make_inputs((7,), 5, 19).items()}
+    linear_kl(*t.values())
+    assert seen == [(2, 19), (2, 19), (2, 19), (1, 19)]
+
+
+def test_without_a_gradient_none_is_made(monkeypatch):
+    from spd_fast.kernels import linear_kl as kernels
+
+    monkeypatch.setattr(kernels, "kl_gradient", None)
+    t = {k: v.float() for k, v in cases.make_inputs((7,), 5, 19).items()}
+    assert linear_kl(*t.values()).isfinite()
+
+
+def test_no_positions_give_zero_and_no_gradient():
+    x = torch.zeros(0, 5, requires_grad=True)
+    loss = linear_kl(x, torch.zeros(0, 5), torch.ones(9, 5))
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.item() == 0
+    assert grad.shape == (0, 5)
+
+
+def test_inputs_are_not_written_to():
+    t = {k: v.float() for k, v in cases.make_inputs((7,), 5, 19).items()}
+    before = {k: v.clone() for k, v in t.items()}
+    linear_kl(t["prediction"].requires_grad_(), t["target"], t["head"], t["bias"]).backward()
+    assert all(torch.equal(t[k].detach(), before[k]) for k in t)
