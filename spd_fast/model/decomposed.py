@@ -19,7 +19,7 @@ from spd_fast.model.components import Components, Init, TiedComponents
 from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
-from spd_fast.model.sites import Site, resolve_sites
+from spd_fast.model.sites import Site, SiteModel, resolve_sites
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
 
@@ -66,7 +66,7 @@ class _BySite(nn.ModuleDict):
         self._modules[key] = module
 
 
-class DecomposedModel(nn.Module):
+class DecomposedModel(SiteModel):
     """A target network whose sites are decomposed into rank-one components.
 
     Only V, U and the causal-importance functions are parameters here. The target stays outside
@@ -86,8 +86,6 @@ class DecomposedModel(nn.Module):
         UserError: a site pattern without match, C < 1, unknown options.
     """
 
-    target: nn.Module
-
     def __init__(
         self,
         target: nn.Module,
@@ -104,7 +102,7 @@ class DecomposedModel(nn.Module):
         super().__init__()
         check_sigmoid(sigmoid)
         object.__setattr__(self, "target", target)
-        self.sites: dict[str, Site] = resolve_sites(target, sites)
+        self.sites = resolve_sites(target, sites)
         self.sigmoid: SigmoidKind = sigmoid
         self.options: dict[str, Any] = {
             "ci_fn": ci_fn,

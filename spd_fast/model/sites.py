@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spd_fast.errors import UserError, nearest
 
-__all__ = ["Site", "resolve_sites"]
+__all__ = ["Site", "SiteModel", "resolve_sites"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,22 @@ class Site:
     @property
     def d_out(self) -> int:
         return self.weight.shape[0]
+
+
+class SiteModel(nn.Module):
+    """A frozen target and parameters that stand for the weights of its sites.
+
+    Attributes:
+        target: outside the module tree.
+        sites: name → site, in the target's module order.
+    """
+
+    target: nn.Module
+    sites: dict[str, Site]
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters in groups to be updated one after the other."""
+        return [list(self.parameters())]
 
 
 def _describe(name: str, module: nn.Module) -> str:

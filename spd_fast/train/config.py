@@ -15,6 +15,7 @@ from spd_fast.errors import UserError, nearest
 __all__ = [
     "PRESETS",
     "Config",
+    "LoopConfig",
     "LossConfig",
     "MinimalityConfig",
     "ResidMLPTarget",
@@ -151,21 +152,26 @@ class WarmUpConfig(_Strict):
     weight_decay: NonNegative = 0.0
 
 
-class TrainConfig(_Strict):
+class LoopConfig(_Strict):
+    """What every :class:`~spd_fast.train.loop.TrainingLoop` needs."""
+
+    steps: Count
+    batch_size: Count
+    lr: Positive
+    seed: Annotated[int, _NUMBER, Field(ge=0, lt=2**32)] = 0
+    log_every: Count = 100
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = 2
+
+
+class TrainConfig(LoopConfig):
     """What the :class:`~spd_fast.train.Trainer` needs."""
 
     losses: LossConfig
     divergence: Literal["mse", "kl"] = "mse"
     draws: Count = 1
-    steps: Count
-    batch_size: Count
-    lr: Positive
     lr_schedule: Literal["constant", "quarter_cosine", "cosine"]
     warm_up: WarmUpConfig
-    seed: Annotated[int, _NUMBER, Field(ge=0, lt=2**32)] = 0
-    log_every: Count = 100
-    checkpoint_every: Count = 1000
-    keep_checkpoints: Count = 2
 
 
 class Config(TrainConfig):

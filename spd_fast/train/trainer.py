@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spd_fast._files import write_bytes
-from spd_fast.errors import UserError
 from spd_fast.losses import LOSSES, Step, faithfulness
 from spd_fast.model import DecomposedModel
 from spd_fast.ops import Penalty, make_key
-from spd_fast.train.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
 from spd_fast.train.config import TrainConfig
-from spd_fast.train.progress import Progress
+from spd_fast.train.loop import TrainingLoop
 from spd_fast.train.schedules import learning_rate
 
 __all__ = ["ACTIVE_THRESHOLD", "Trainer"]
@@ -34,7 +22,7 @@ __all__ = ["ACTIVE_THRESHOLD", "Trainer"]
 ACTIVE_THRESHOLD = 0.01
 
 
-class Trainer:
+class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
     """Trains the components and importance functions of a decomposed model.
 
     Args:
@@ -54,47 +42,7 @@ class Trainer:
         out: Path | None = None,
         quiet: bool = False,
     ) -> None:
-        self.model, self.config, self.batches, self.out = model, config, batches, out
-        self.quiet = quiet
-        self.step = 0
-        self.coefficients = config.losses.coefficients()
-        self.optimizer = self._adamw(model.parameter_groups(), config.lr, 0.0)
-        self.device = next(model.parameters()).device
-        self._gradients = [
-            torch.tensor(c, device=self.device, dtype=next(model.parameters()).dtype)
-            for c in self.coefficients.values()
-        ]
-
-    @staticmethod
-    def _adamw(
-        groups: list[list[nn.Parameter]], lr: float, weight_decay: float
-    ) -> torch.optim.AdamW:
-        named: list[dict[str, Any]] = [{"params": group} for group in groups]
-        return torch.optim.AdamW(named, lr=lr, weight_decay=weight_decay, fused=True)
-
-    def fit(self) -> None:
-        """Train from ``self.step`` to the end, with metrics and checkpoints on the way.
-
-        Raises:
-            UserError: a loss became NaN or infinite (names it and the step).
-        """
-        config = self.config
-        if self.step == 0:
-            self.warm_up()
-        window = time.perf_counter(), self.step
-        with Progress("decompose", config.steps, self.step, quiet=self.quiet) as progress:
-            while self.step < config.steps:
-                losses, step = self.train_step(self.step)
-                self.step += 1
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    now = time.perf_counter()
-                    ms = 1e3 * (now - window[0]) / (self.step - window[1])
-                    progress.update(self.step, self.log(losses, step, ms))
-                    window = time.perf_counter(), self.step
-                else:
-                    progress.update(self.step)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                    self.save()
+        super().__init__(model, config, config.losses, batches, out=out, quiet=quiet)
 
     def train_step(self, index: int) -> tuple[dict[str, Tensor], Step]:
         """One step: forward, losses, backward, optimiser. No host synchronisation."""
@@ -138,120 +86,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    @torch.no_grad()
-    def log(self, losses: dict[str, Tensor], step: Step, ms: float) -> str:
-        """Write one line of metrics.jsonl; the only place where the host waits for the device."""
-        values = {name: float(loss) for name, loss in losses.items()}
-        values["total"] = sum(c * values[name] for name, c in self.coefficients.items())
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"loss {name!r} is {value} at step {self.step}; try a lower lr "
-                    f"({self.config.lr} now); checkpoints before it are kept"
-                )
+    def statistics(self, step: Step) -> dict[str, Any]:
+        """p of the importance penalty; per site the mean number of active components and how many
+        are active anywhere in the batch."""
         active = {n: s.lower > ACTIVE_THRESHOLD for n, s in step.importances.items()}
         positions = max(step.importances.positions, 1)
-        l0 = {n: float(a.sum() / positions) for n, a in active.items()}
         minimality = self.config.losses.importance_minimality
-        record = {
-            "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
+        return {
             "p": minimality.p_at((self.step - 1) / self.config.steps),
-            "losses": values,
-            "l0": l0,
+            "l0": {n: float(a.sum() / positions) for n, a in active.items()},
             "live": {n: int(a.flatten(0, -2).any(dim=0).sum()) for n, a in active.items()},
-            "ms_per_step": round(ms, 4),
         }
-        if self.out is not None:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
-        return f"loss {values['total']:.3e}  L0 {sum(l0.values()):.2f}  {ms:.1f} ms/step"
-
-    def _run_id(self) -> str:
-        """Identifies what a checkpoint belongs to: everything that shapes the training."""
-        config = self.config.model_dump(
-            mode="json",
-            exclude={"log_every", "checkpoint_every", "keep_checkpoints", "name"},
-        )
-        weights = hashlib.sha256()
-        for site in self.model.sites.values():
-            weights.update(site.weight.cpu().contiguous().numpy().tobytes())
-        text = json.dumps(config, sort_keys=True) + weights.hexdigest()
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def save(self) -> None:
-        """Checkpoint the current step, if there is a folder.
-
-        Raises:
-            UserError: a parameter became NaN or infinite.
-        """
-        if self.out is None:
-            return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise UserError(
-                    f"parameter {name!r} is not finite at step {self.step}; try a lower lr "
-                    f"({self.config.lr} now); checkpoints before it are kept"
-                )
-        optimizer = {
-            f"{index}.{name}": value.contiguous()
-            for index, state in self.optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        }
-        # Copies, for tied components share a storage, which the format does not know.
-        model = {
-            k: v.clone(memory_format=torch.contiguous_format)
-            for k, v in self.model.state_dict().items()
-        }
-        checkpoint = Checkpoint(self.step, model, optimizer, self._run_id())
-        save_checkpoint(self.out / "checkpoints", checkpoint, self.config.keep_checkpoints)
-
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint; False where there is none.
-
-        Raises:
-            UserError: a checkpoint that cannot be read or belongs to another run.
-        """
-        assert self.out is not None
-        path = latest_checkpoint(self.out / "checkpoints")
-        if path is None:
-            _truncate_metrics(self.out / "metrics.jsonl", 0)
-            return False
-        checkpoint = load_checkpoint(path)
-        if checkpoint.run != self._run_id():
-            raise UserError(
-                f"checkpoint {path} belongs to another configuration or target; "
-                "use a fresh --out, or the settings in the run's config.yaml"
-            )
-        try:
-            self.model.load_state_dict(checkpoint.model)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"checkpoint {path} does not fit the model: {reason}") from None
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in checkpoint.optimizer.items():
-            index, _, name = key.partition(".")
-            like = parameters[int(index)]
-            # Fused Adam takes it for granted that moments lie in memory as their parameter does.
-            moment = value.shape == like.shape
-            value = torch.empty_like(like).copy_(value) if moment else value
-            state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        self.step = checkpoint.step
-        _truncate_metrics(self.out / "metrics.jsonl", self.step)
-        return True
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl past ``step``, and a last one cut off by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    write_bytes(path, "".join(kept).encode())

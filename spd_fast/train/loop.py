@@ -1,0 +1,233 @@
+"""What every training run does: steps in order, metrics, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spd_fast._files import write_bytes
+from spd_fast.errors import UserError
+from spd_fast.model.sites import SiteModel
+from spd_fast.train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from spd_fast.train.config import LoopConfig
+from spd_fast.train.progress import Progress
+
+__all__ = ["Losses", "TrainingLoop"]
+
+ModelT = TypeVar("ModelT", bound=SiteModel)
+ConfigT = TypeVar("ConfigT", bound=LoopConfig)
+StepT = TypeVar("StepT")
+
+
+class Losses(Protocol):
+    """The losses of a configuration."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Name → coefficient of every loss that takes part."""
+        ...
+
+
+class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
+    """Trains a model of sites by gradient descent; a method says what a step is.
+
+    Args:
+        model: what is trained.
+        config: how long, how often to write, and everything that shapes the training.
+        losses: whose coefficients weigh the step's losses.
+        batches: step → batch; a pure function of the step, so that a run resumes exactly.
+        out: the run's folder for checkpoints and metrics; None keeps everything in memory.
+        quiet: no progress.
+    """
+
+    def __init__(
+        self,
+        model: ModelT,
+        config: ConfigT,
+        losses: Losses,
+        batches: Callable[[int], Any],
+        *,
+        out: Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.model, self.config, self.batches, self.out = model, config, batches, out
+        self.quiet = quiet
+        self.step = 0
+        self.coefficients = losses.coefficients()
+        self.optimizer = self._adamw(model.parameter_groups(), config.lr, 0.0)
+        self.device = next(model.parameters()).device
+        self._gradients = [
+            torch.tensor(c, device=self.device, dtype=next(model.parameters()).dtype)
+            for c in self.coefficients.values()
+        ]
+
+    @staticmethod
+    def _adamw(
+        groups: list[list[nn.Parameter]], lr: float, weight_decay: float
+    ) -> torch.optim.AdamW:
+        named: list[dict[str, Any]] = [{"params": group} for group in groups]
+        return torch.optim.AdamW(named, lr=lr, weight_decay=weight_decay, fused=True)
+
+    def fit(self) -> None:
+        """Train from ``self.step`` to the end, with metrics and checkpoints on the way.
+
+        Raises:
+            UserError: a loss became NaN or infinite (names it and the step).
+        """
+        config = self.config
+        if self.step == 0:
+            self.warm_up()
+        window = time.perf_counter(), self.step
+        with Progress("decompose", config.steps, self.step, quiet=self.quiet) as progress:
+            while self.step < config.steps:
+                losses, step = self.train_step(self.step)
+                self.step += 1
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    now = time.perf_counter()
+                    ms = 1e3 * (now - window[0]) / (self.step - window[1])
+                    progress.update(self.step, self.log(losses, step, ms))
+                    window = time.perf_counter(), self.step
+                else:
+                    progress.update(self.step)
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self.save()
+
+    def warm_up(self) -> None:
+        """What comes before the first step; nothing by default."""
+
+    @abstractmethod
+    def train_step(self, index: int) -> tuple[dict[str, Tensor], StepT]:
+        """One step: forward, losses, backward, optimiser. No host synchronisation."""
+
+    @abstractmethod
+    def statistics(self, step: StepT) -> dict[str, Any]:
+        """A log line's ``p``, ``l0`` and ``live`` (the last two by site)."""
+
+    @torch.no_grad()
+    def log(self, losses: dict[str, Tensor], step: StepT, ms: float) -> str:
+        """Write one line of metrics.jsonl; the only place where the host waits for the device."""
+        values = {name: float(loss) for name, loss in losses.items()}
+        values["total"] = sum(c * values[name] for name, c in self.coefficients.items())
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"loss {name!r} is {value} at step {self.step}; try a lower lr "
+                    f"({self.config.lr} now); checkpoints before it are kept"
+                )
+        statistics = self.statistics(step)
+        record = {
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "p": statistics["p"],
+            "losses": values,
+            "l0": statistics["l0"],
+            "live": statistics["live"],
+            "ms_per_step": round(ms, 4),
+        }
+        if self.out is not None:
+            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+        l0 = sum(statistics["l0"].values())
+        return f"loss {values['total']:.3e}  L0 {l0:.2f}  {ms:.1f} ms/step"
+
+    def _run_id(self) -> str:
+        """Identifies what a checkpoint belongs to: everything that shapes the training."""
+        config = self.config.model_dump(
+            mode="json",
+            exclude={"log_every", "checkpoint_every", "keep_checkpoints", "name"},
+        )
+        weights = hashlib.sha256()
+        for site in self.model.sites.values():
+            weights.update(site.weight.cpu().contiguous().numpy().tobytes())
+        text = json.dumps(config, sort_keys=True) + weights.hexdigest()
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self) -> None:
+        """Checkpoint the current step, if there is a folder.
+
+        Raises:
+            UserError: a parameter became NaN or infinite.
+        """
+        if self.out is None:
+            return
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(
+                    f"parameter {name!r} is not finite at step {self.step}; try a lower lr "
+                    f"({self.config.lr} now); checkpoints before it are kept"
+                )
+        optimizer = {
+            f"{index}.{name}": value.contiguous()
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        # Copies, for tied components share a storage, which the format does not know.
+        model = {
+            k: v.clone(memory_format=torch.contiguous_format)
+            for k, v in self.model.state_dict().items()
+        }
+        checkpoint = Checkpoint(self.step, model, optimizer, self._run_id())
+        save_checkpoint(self.out / "checkpoints", checkpoint, self.config.keep_checkpoints)
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint; False where there is none.
+
+        Raises:
+            UserError: a checkpoint that cannot be read or belongs to another run.
+        """
+        assert self.out is not None
+        path = latest_checkpoint(self.out / "checkpoints")
+        if path is None:
+            _truncate_metrics(self.out / "metrics.jsonl", 0)
+            return False
+        checkpoint = load_checkpoint(path)
+        if checkpoint.run != self._run_id():
+            raise UserError(
+                f"checkpoint {path} belongs to another configuration or target; "
+                "use a fresh --out, or the settings in the run's config.yaml"
+            )
+        try:
+            self.model.load_state_dict(checkpoint.model)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"checkpoint {path} does not fit the model: {reason}") from None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in checkpoint.optimizer.items():
+            index, _, name = key.partition(".")
+            like = parameters[int(index)]
+            # Fused Adam takes it for granted that moments lie in memory as their parameter does.
+            moment = value.shape == like.shape
+            value = torch.empty_like(like).copy_(value) if moment else value
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.step = checkpoint.step
+        _truncate_metrics(self.out / "metrics.jsonl", self.step)
+        return True
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl past ``step``, and a last one cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    write_bytes(path, "".join(kept).encode())
