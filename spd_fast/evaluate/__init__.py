@@ -7,17 +7,27 @@ from spd_fast.evaluate.ground_truth import (
     live_components,
     probe_importances,
 )
+from spd_fast.evaluate.neurons import NeuronContributions, neuron_contributions
 from spd_fast.evaluate.reconstruction import importance_l0, reconstruction
-from spd_fast.evaluate.weights import WeightMatch, match_weights
+from spd_fast.evaluate.weights import (
+    MECHANISM_COSINE,
+    WeightMatch,
+    match_weights,
+    mechanism_cosines,
+)
 
 __all__ = [
+    "MECHANISM_COSINE",
     "Expected",
+    "NeuronContributions",
     "WeightMatch",
     "dense_error",
     "identity_error",
     "importance_l0",
     "live_components",
     "match_weights",
+    "mechanism_cosines",
+    "neuron_contributions",
     "probe_importances",
     "reconstruction",
 ]

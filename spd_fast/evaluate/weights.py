@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WeightMatch", "match_weights"]
+__all__ = ["MECHANISM_COSINE", "WeightMatch", "match_weights", "mechanism_cosines"]
+
+# A feature's mechanism counts as found where a component is this close to it in direction.
+MECHANISM_COSINE = 0.95
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,23 @@ def match_weights(V: Tensor, U: Tensor, weight: Tensor) -> WeightMatch:
     best = cosine.max(dim=1)
     length = V.gather(1, best.indices[:, None])[:, 0].abs() * U.norm(dim=1)[best.indices]
     return WeightMatch(best.indices, best.values, length / weight.norm(dim=0).clamp_min(tiny))
+
+
+def mechanism_cosines(components: Tensor, weight: Tensor) -> Tensor:
+    """How purely some component is the mechanism of each input feature.
+
+    The mechanism of feature j is W with every other column zero. Per j, the largest cosine between
+    it and a whole component P_c: max over c of ⟨P_c[:, j], W_:j⟩ / (‖P_c‖ ‖W_:j‖). Unlike the
+    cosine of :func:`match_weights` it falls where a component serves several features; its length
+    does not matter.
+
+    Args:
+        components: P [C, d_out, d_in]. weight: W [d_out, d_in].
+
+    Returns:
+        [d_in], float64.
+    """
+    P, W = components.detach().double(), weight.detach().double()
+    tiny = torch.finfo(torch.float64).tiny
+    overlap = torch.einsum("coi,oi->ci", P, W / W.norm(dim=0).clamp_min(tiny))
+    return (overlap / P.flatten(1).norm(dim=1).clamp_min(tiny)[:, None]).amax(dim=0)

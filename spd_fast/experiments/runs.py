@@ -21,9 +21,14 @@ from spd_fast import backends, targets
 from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
 from spd_fast.evaluate import (
+    MECHANISM_COSINE,
+    Expected,
+    NeuronContributions,
     importance_l0,
     live_components,
     match_weights,
+    mechanism_cosines,
+    neuron_contributions,
     probe_importances,
     reconstruction,
 )
@@ -32,12 +37,15 @@ from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config, parse_config
+from spd_fast.train.config import ResidMLPTarget
 from spd_fast.train.progress import Progress
 from spd_fast.train.trainer import ACTIVE_THRESHOLD
 
 __all__ = [
+    "MIN_NEURON_R2",
     "Run",
     "check_device",
+    "contributions",
     "environment",
     "evaluate_run",
     "load_run",
@@ -46,6 +54,8 @@ __all__ = [
 ]
 
 EVALUATION_BATCH = 8192
+# A residual MLP is recovered where its components' neuron contributions agree this well, too.
+MIN_NEURON_R2 = 0.99
 # What an eval.json must hold to be shown beside others.
 REQUIRED = {
     "name", "seed", "recovered", "target_represents_all_features", "sites", "steps", "seconds",
@@ -274,6 +284,24 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def _mechanisms_found(model: DecomposedModel, name: str, known: Expected | None) -> int | None:
+    """How many input features have a component of their own; None where the site's inputs are
+    not the features."""
+    site = model.sites[name]
+    if known is None or known.pattern != "identity" or site.d_in != known.components:
+        return None
+    components = torch.einsum("ic,co->coi", model.V(name), model.U(name))
+    return int((mechanism_cosines(components, site.weight) >= MECHANISM_COSINE).sum())
+
+
+def contributions(run: Run) -> NeuronContributions | None:
+    """The neuron contributions of a residual MLP with every matrix decomposed; None for others."""
+    target = run.config.target
+    if not isinstance(target, ResidMLPTarget) or len(run.model.sites) < 2 * target.layers:
+        return None
+    return neuron_contributions(run.model)
+
+
 def evaluate_run(run: Run) -> dict[str, Any]:
     """Evaluate the run's model against the known mechanisms and write eval.json."""
     config, model = run.config, run.model
@@ -295,6 +323,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
             "mmcs_std": match.cosine.std(correction=0).item(),
             "ml2r": match.ml2r,
             "ml2r_std": match.ratio.std(correction=0).item(),
+            "mechanisms_found": _mechanisms_found(model, name, known),
             "components": site.components,
             "live_components": live_components(probes[name]),
             "expected": None if known is None else [known.pattern, known.components],
@@ -310,13 +339,19 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         (b - a) * m["ms_per_step"] for (a, b), m in zip(pairwise(steps), metrics, strict=True)
     )
     seconds = sum(milliseconds) / 1e3
-    checked = [s["ci_error"] for s in sites.values() if s["ci_error"] is not None]
+    checks = [s["ci_error"] == 0 for s in sites.values() if s["ci_error"] is not None]
+    neurons = contributions(run)
+    if neurons is not None:
+        checks.append(neurons.r2 >= MIN_NEURON_R2)
     result = {
         "name": config.name,
-        "recovered": bool(checked) and all(error == 0 for error in checked),
+        "recovered": bool(checks) and all(checks),
         "target_represents_all_features": all(represented),
         "features_not_represented": [i for i, ok in enumerate(represented) if not ok],
         "sites": sites,
+        "neuron_contributions": None
+        if neurons is None
+        else {"r2": neurons.r2, "slope": neurons.slope, "layers": neurons.by_layer()},
         "reconstruction": reconstruction(model, batch, config.divergence, config.seed),
         "steps": metrics[-1]["step"] if metrics else 0,
         "seconds": seconds,

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from spd_fast import targets
-from spd_fast.evaluate import Expected, probe_importances
+from spd_fast.evaluate import Expected, NeuronContributions, probe_importances
 from spd_fast.experiments.recipes import expected_sites, recipe, recipes
-from spd_fast.experiments.runs import EVALUATION_BATCH, Run
+from spd_fast.experiments.runs import EVALUATION_BATCH, MIN_NEURON_R2, Run, contributions
 from spd_fast.model import DecomposedModel
 from spd_fast.train import Config, parse_config
 
@@ -59,6 +59,7 @@ class Facts:
     probes: dict[str, NDArray[np.floating]]
     activity: dict[str, Activity]
     samples: int
+    neurons: NeuronContributions | None
 
     @property
     def config(self) -> Config:
@@ -128,6 +129,12 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
     else:
         names = _listed(list(errors)) if errors else "no site"
         check = f"Every importance fits the known mechanisms: no contradicting entry at {names}."
+    neurons = evaluation.get("neuron_contributions")
+    if neurons is not None and neurons["r2"] < MIN_NEURON_R2:
+        check += (
+            f" Neuron contributions agree with the target's to R² {neurons['r2']:.3f} only, need "
+            f"{MIN_NEURON_R2}."
+        )
     missing = evaluation["features_not_represented"]
     if not evaluation["target_represents_all_features"]:
         which = f"{'feature' if len(missing) == 1 else 'features'} {_listed([*map(str, missing)])}"
@@ -203,4 +210,5 @@ def gather(run: Run) -> Facts:
         probes=probe_importances(run.model, run.config.target.features),
         activity=activity,
         samples=samples,
+        neurons=contributions(run),
     )

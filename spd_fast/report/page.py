@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from spd_fast._files import write_bytes
 from spd_fast.experiments import Run
-from spd_fast.report import bars, curves, importances, network
+from spd_fast.report import bars, curves, importances, network, neurons
 from spd_fast.report.facts import (
     Facts,
     count,
@@ -162,6 +162,30 @@ def _matrices(facts: Facts, album: Album) -> list[Picture]:
             caption = f"Good: {good}, nothing above 0.1 elsewhere. {outcome}.{rest}"
         pictures.append(album.add(f"importances-{name}", fig, name, caption))
     return pictures
+
+
+def _neurons(facts: Facts, album: Album) -> list[Picture]:
+    """Neuron contributions: residual MLPs only."""
+    found = facts.neurons
+    if found is None:
+        return []
+    layers = "".join(
+        f" Layer {i + 1}: R² {layer['r2']:.3f}, slope {layer['slope']:.3f}."
+        for i, layer in enumerate(found.by_layer())
+        if found.target.shape[0] > 1
+    )
+    return [
+        album.add(
+            "neurons-features", neurons.by_feature(found), "The first features, neuron by neuron",
+            "A dot a neuron: how much it contributes to the feature's own output, in the target and "
+            "with the feature's component alone. Good: the two panels are the same.",
+        ),
+        album.add(
+            "neurons", neurons.scatter(found), "All features",
+            f"R² {found.r2:.4f} about the dotted diagonal, slope {found.slope:.3f} (below 1 is "
+            f"shrinkage).{layers} Good: every dot on the diagonal.",
+        ),
+    ]  # fmt: skip
 
 
 def _training(facts: Facts, album: Album) -> list[Picture]:
@@ -353,6 +377,7 @@ def write_report(run: Run) -> Path:
             "drawings": _network(facts, album),
             "matches": _matches(facts, album),
             "matrices": _matrices(facts, album),
+            "neurons": _neurons(facts, album),
             "training": _training(facts, album),
             "sparsity": _sparsity(facts, album),
             "quality": _quality(facts, album),

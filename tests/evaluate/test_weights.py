@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spd_fast.evaluate import match_weights
+from spd_fast.evaluate import match_weights, mechanism_cosines
 from tests.checks import normal
 
 
@@ -109,3 +109,38 @@ def test_float32_matrices_are_compared_in_float64():
     match = match_weights(torch.eye(5), W.T, W)
     assert match.cosine.dtype == torch.float64
     assert abs(match.mmcs - 1) < 1e-12
+
+
+def alone(W, j):
+    """W with every column but one zero."""
+    mechanism = torch.zeros_like(W)
+    mechanism[:, j] = W[:, j]
+    return mechanism
+
+
+def test_a_component_for_each_feature_has_cosine_one_whatever_its_length():
+    W = normal(1, 3, 5)
+    P = torch.stack([0.7 * alone(W, j) for j in (4, 2, 0, 1, 3)])
+    assert mechanism_cosines(P, W).tolist() == pytest.approx([1] * 5)
+
+
+def test_mechanisms_are_flattened_cosines_written_out():
+    W, P = normal(1, 3, 5), normal(2, 4, 3, 5)
+    naive = [
+        max(
+            torch.nn.functional.cosine_similarity(p.flatten(), alone(W, j).flatten(), dim=0).item()
+            for p in P
+        )
+        for j in range(5)
+    ]
+    assert mechanism_cosines(P, W).tolist() == pytest.approx(naive)
+
+
+def test_a_component_that_serves_two_features_is_the_mechanism_of_neither():
+    W = torch.tensor([[1.0, -1.0]])  # two opposite features in one dimension
+    assert mechanism_cosines(W[None], W).tolist() == pytest.approx([math.sqrt(0.5)] * 2)
+
+
+def test_components_of_nothing_are_no_mechanisms():
+    assert mechanism_cosines(torch.zeros(2, 3, 4), normal(1, 3, 4)).tolist() == [0] * 4
+    assert mechanism_cosines(torch.ones(1, 2, 2), torch.zeros(2, 2)).tolist() == [0, 0]

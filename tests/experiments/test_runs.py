@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_the_environment_does_without_proc(monkeypatch):
 
 
 SITE_KEYS = [
-    "mmcs", "mmcs_std", "ml2r", "ml2r_std", "components", "live_components", "expected",
+    "mmcs", "mmcs_std", "ml2r", "ml2r_std", "mechanisms_found", "components", "live_components", "expected",
     "ci_error", "l0", "faithfulness", "relative_error",
 ]  # fmt: skip
 
@@ -88,8 +89,8 @@ def test_the_evaluation_holds_what_it_should(finished):
     found = read_evaluation(finished)
     assert list(found) == [
         "name", "recovered", "target_represents_all_features", "features_not_represented", "sites",
-        "reconstruction", "steps", "seconds", "ms_per_step", "peak_memory_mb", "backend", "device",
-        "seed",
+        "neuron_contributions", "reconstruction", "steps", "seconds", "ms_per_step",
+        "peak_memory_mb", "backend", "device", "seed",
     ]  # fmt: skip
     assert {name: list(site) for name, site in found["sites"].items()} == {
         "linear1": SITE_KEYS, "linear2": SITE_KEYS,
@@ -121,6 +122,27 @@ def test_a_residual_mlp_can_be_run(tmp_path):
         "layers.0.mlp_in": ["identity", 6], "layers.0.mlp_out": ["dense", 4],
         "layers.1.mlp_in": ["identity", 6], "layers.1.mlp_out": ["dense", 4],
     }  # fmt: skip
+    assert list(found["neuron_contributions"]) == ["r2", "slope", "layers"]
+    assert len(found["neuron_contributions"]["layers"]) == 2
+    assert [s["mechanisms_found"] for s in found["sites"].values()] == [None] * 4
+
+
+@pytest.mark.parametrize(("r2", "recovered"), [(0.99, True), (0.98, False)])
+def test_a_residual_mlp_is_recovered_only_with_its_neurons(tmp_path, monkeypatch, r2, recovered):
+    monkeypatch.setattr("spd_fast.evaluate.Expected.error", lambda *_: 0)
+    monkeypatch.setattr(
+        "spd_fast.experiments.runs.neuron_contributions",
+        lambda _: SimpleNamespace(r2=r2, slope=1.0, by_layer=list),
+    )
+    config = parse_config({
+        "name": "mlp", "preset": "paper", "steps": 1, "batch_size": 8, "lr": 1e-3,
+        "losses": {"importance_minimality": {"coeff": 1e-5, "p": 2}},
+        "target": {"kind": "resid_mlp", "features": 4, "d_embed": 6, "d_mlp": 3, "layers": 1},
+        "sites": {"layers.*": 4}, "ci_fn": "linear",
+    })  # fmt: skip
+    model = DecomposedModel(targets.ResidMLP(4, 6, 3, 1, 0), config.sites, ci_fn="linear")
+    found = evaluate_run(Run(tmp_path, config, model))
+    assert found["recovered"] is recovered
 
 
 def test_a_run_says_nothing_when_quiet(tmp_path, capsys):
@@ -434,6 +456,7 @@ def test_a_solved_network_is_recovered(tmp_path):
         assert (site["ci_error"], site["live_components"]) == (0, 3)
         assert site["mmcs"] == pytest.approx(1)
         assert site["ml2r"] == pytest.approx(1)
+        assert site["mechanisms_found"] == 3
         assert site["faithfulness"] == 0
     assert found["reconstruction"]["unmasked"] == 0
 

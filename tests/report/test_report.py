@@ -174,12 +174,22 @@ def test_figures_are_there_small_and_not_blank(finished: Run) -> None:
     }  # fmt: skip
     if finished.config.target.kind == "tms":
         expected |= {"table1", "network-linear1"}
+    else:
+        expected |= {"neurons", "neurons-features"}
     assert {f"{name}.png" for name in expected} <= files
     for path in sorted((finished.folder / "figures").iterdir()):
         assert path.stat().st_size < 120_000
         pixels = np.asarray(Image.open(path).convert("L"))
         assert pixels.std() > 3, path.name
     assert len(page(finished)) < 2_000_000
+
+
+def test_page_shows_neuron_contributions_of_residual_mlps_alone(runs: dict[str, Run]) -> None:
+    found = runs["resid_mlp2"].evaluation()["neuron_contributions"]
+    text = page(runs["resid_mlp2"])
+    assert f"R² {found['r2']:.4f} about the dotted diagonal, slope {found['slope']:.3f}" in text
+    assert f"Layer 2: R² {found['layers'][1]['r2']:.3f}" in text
+    assert "neurons?" not in page(runs["tms_5-2"])
 
 
 def test_report_is_deterministic_and_leaves_matplotlib_alone(runs: dict[str, Run]) -> None:
@@ -276,6 +286,12 @@ def test_verdict_of_an_incomplete_target_counts_for_neither_side(errors: tuple[i
     assert said.kind == "void"
     assert "does not represent features 1 and 4" in said.reason
     assert "counts for neither side" in said.reason
+
+
+@pytest.mark.parametrize(("r2", "said"), [(0.9, True), (0.999, False)])
+def test_verdict_names_neurons_that_disagree(r2: float, said: bool) -> None:
+    found = evaluation(0) | {"recovered": not said, "neuron_contributions": {"r2": r2}}
+    assert ("to R² 0.900 only, need 0.99" in verdict(found).reason) == said
 
 
 def test_verdict_without_ground_truth() -> None:
