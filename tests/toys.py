@@ -33,15 +33,20 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
         self.head = nn.Linear(4, 3)
         self.to(dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.normal_(generator=generator)
+        fill(self, seed)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
+
+
+def fill(module: nn.Module, seed: int) -> None:
+    """Normal parameters, a function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
 
 
 def decomposed(seed: int = 0, **options: Any) -> DecomposedModel:

@@ -30,6 +30,12 @@ class SiteImportances:
     def upper(self) -> Tensor:
         return self._upper(self.inner)
 
+    def detach(self) -> SiteImportances:
+        """The same numbers without gradients."""
+        return SiteImportances(
+            self.inner.detach(), self.lower.detach(), self.penalty_sum.detach(), self._upper
+        )
+
 
 class Importances(Mapping[str, SiteImportances]):
     """Site name → :class:`SiteImportances`; ``positions`` is the number N they cover."""
@@ -37,6 +43,10 @@ class Importances(Mapping[str, SiteImportances]):
     def __init__(self, sites: dict[str, SiteImportances], positions: int) -> None:
         self._sites = sites
         self.positions = positions
+
+    def detach(self) -> Importances:
+        """The same numbers without gradients."""
+        return Importances({n: s.detach() for n, s in self._sites.items()}, self.positions)
 
     def __getitem__(self, name: str) -> SiteImportances:
         return self._sites[name]

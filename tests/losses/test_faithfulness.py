@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spd_fast.losses import faithfulness
+from spd_fast.losses import faithfulness, relative_faithfulness
 from spd_fast.model import DecomposedModel
 from tests import oracle, toys
 
@@ -33,3 +33,12 @@ def test_it_is_zero_for_a_perfect_factorisation():
         model.V("head").copy_(model.sites["head"].weight.T)
         model.U("head").copy_(torch.eye(3))
     assert faithfulness(model).item() == 0
+
+
+def test_relative_faithfulness_averages_the_sites_relative_errors():
+    model = toys.decomposed()
+    terms = [
+        oracle.faithfulness(model.V(n), model.U(n), s.weight) / (s.weight**2).sum()
+        for n, s in model.sites.items()
+    ]
+    toys.assert_same_gradients(model, relative_faithfulness(model), sum(terms) / len(terms))

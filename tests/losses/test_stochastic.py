@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spd_fast.losses import Step, stochastic_recon, stochastic_recon_layerwise
+from spd_fast.losses import (
+    Part,
+    Routing,
+    Step,
+    stochastic_hidden_acts_recon,
+    stochastic_recon,
+    stochastic_recon_layerwise,
+    stochastic_recon_subset,
+)
 from spd_fast.ops import make_key
 from tests import oracle, toys
+from tests.losses import steps
 
 SEED, STEP = 5, 8
 X = toys.batch(1)
@@ -93,3 +102,65 @@ def test_a_perfect_decomposition_with_full_importance_reconstructs():
     assert exact == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]
     assert stochastic_recon(step(model, 1)).item() < 1e-25
     assert stochastic_recon_layerwise(step(model, 1)).item() < 1e-25
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_subset_masks_the_routed_sites_of_each_position(kind, delta):
+    model, name = toys.decomposed(delta=delta), "stochastic_recon_subset"
+    lower, values = steps.lower(model), []
+    for index in range(2):
+        number = steps.draw(name, index, 2)
+        masks, deltas = toys.stochastic_masks(model, lower, SEED, STEP, number)
+        routing = steps.uniform_k(model, number)
+        values.append(steps.value(model, masks, deltas, routing, kind))
+    got = stochastic_recon_subset(steps.step(model, kind, 2, options={name: Routing()}))
+    toys.assert_same_gradients(model, got, sum(values) / 2)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_hidden_activations_compare_the_inputs_of_all_sites(delta):
+    model, name = toys.decomposed(delta=delta), "stochastic_hidden_acts_recon"
+    number = steps.draw(name)
+    masks, deltas = toys.stochastic_masks(model, steps.lower(model), SEED, STEP, number)
+    linear, seen = toys.masked(model, masks, deltas if delta else None), {}
+
+    def watched(name, x):
+        seen[name] = x
+        return linear(name, x)
+
+    toys.by_hand(X, watched)
+    total, numel = 0.0, 0
+    for site, x in toys.site_inputs(model, X).items():
+        total = total + ((seen[site] - x) ** 2).sum()
+        numel += x.numel()
+    toys.assert_same_gradients(
+        model, stochastic_hidden_acts_recon(steps.step(model)), total / numel
+    )
+
+
+LOSSES = {
+    "stochastic_recon": stochastic_recon,
+    "stochastic_recon_layerwise": stochastic_recon_layerwise,
+    "stochastic_recon_subset": stochastic_recon_subset,
+    "stochastic_hidden_acts_recon": stochastic_hidden_acts_recon,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("binomial", [False, True])
+def test_parts_of_a_batch_see_the_masks_of_the_whole(name, binomial):
+    model, loss = toys.decomposed(delta=True), LOSSES[name]
+    more = {"options": {name: Routing()}, "binomial": binomial}
+    whole = loss(steps.step(model, **more))
+    got = sum(p.part.share * loss(p) for p in steps.parts(model, 4, **more))
+    toys.assert_same_gradients(model, got, whole)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_recomputed_activations_give_the_same_gradients(name):
+    model, loss = toys.decomposed(delta=True), LOSSES[name]
+    more = {"options": {name: Routing()}, "part": Part()}
+    kept = loss(steps.step(model, **more))
+    recomputed = loss(steps.step(model, recompute=True, **more))
+    toys.assert_same_gradients(model, recomputed, kept)
