@@ -177,8 +177,8 @@ def _neurons(facts: Facts, album: Album) -> list[Picture]:
     return [
         album.add(
             "neurons-features", neurons.by_feature(found), "The first features, neuron by neuron",
-            "A dot a neuron: how much it contributes to the feature's own output, in the target and "
-            "with the feature's component alone. Good: the two panels are the same.",
+            "A dot a neuron: how much it contributes to the feature's own output, in the target "
+            "and with the feature's component alone. Good: the two panels are the same.",
         ),
         album.add(
             "neurons", neurons.scatter(found), "All features",
