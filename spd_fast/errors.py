@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["Diverged", "UserError", "nearest"]
 
 
 class UserError(ValueError):
     """Bad input. The message is one clear line; the command line prints it and exits with 2."""
+
+
+class Diverged(UserError):
+    """Training reached a value that is not finite: the settings' fault, found underway."""
 
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_fast._files import write_bytes
-from spd_fast.errors import UserError
+from spd_fast.errors import Diverged, UserError
 from spd_fast.model.sites import SiteModel
 from spd_fast.train.checkpoint import (
     Checkpoint,
@@ -85,7 +85,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         """Train from ``self.step`` to the end, with metrics and checkpoints on the way.
 
         Raises:
-            UserError: a loss became NaN or infinite (names it and the step).
+            Diverged: a loss became NaN or infinite (names it and the step).
         """
         config = self.config
         if self.step == 0:
@@ -123,7 +123,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         values["total"] = sum(c * values[name] for name, c in self.coefficients.items())
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(
+                raise Diverged(
                     f"loss {name!r} is {value} at step {self.step}; try a lower lr "
                     f"({self.config.lr} now); checkpoints before it are kept"
                 )
@@ -159,13 +159,13 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         """Checkpoint the current step, if there is a folder.
 
         Raises:
-            UserError: a parameter became NaN or infinite.
+            Diverged: a parameter became NaN or infinite.
         """
         if self.out is None:
             return
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
-                raise UserError(
+                raise Diverged(
                     f"parameter {name!r} is not finite at step {self.step}; try a lower lr "
                     f"({self.config.lr} now); checkpoints before it are kept"
                 )

@@ -11,7 +11,11 @@ from spd_fast.train import parse_config
 
 TMS = ("tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id")
 MLP = ("resid_mlp1", "resid_mlp2", "resid_mlp3")
-ALL = pytest.mark.parametrize("name", [*TMS, *MLP])
+NETWORKS = (*TMS, *MLP)
+LATER = tuple(f"{name}-2026" for name in NETWORKS)
+ROBUST = ("resid_mlp2-robust", "resid_mlp3-robust")
+ALL = pytest.mark.parametrize("name", NETWORKS)
+EVERY_RECIPE = pytest.mark.parametrize("name", [*NETWORKS, *LATER, *ROBUST])
 
 # name: C, gate hidden, coefficient (text or code), p, lr, schedule, steps (text or code), batch
 PAPER = {
@@ -25,12 +29,24 @@ PAPER = {
 }
 
 
+# The authors' code of 2026: coefficient, lr, schedule, steps.
+PRESET_2026 = {
+    "tms_5-2": (3e-3, 1e-3, "cosine", 10_000),
+    "tms_5-2-id": (3e-3, 1e-3, "cosine", 10_000),
+    "tms_40-10": (1e-4, 1e-3, "cosine", 10_000),
+    "tms_40-10-id": (1e-4, 1e-3, "cosine", 20_000),
+    "resid_mlp1": (1e-5, 2e-3, "constant", 20_000),
+    "resid_mlp2": (3e-5, 1e-3, "constant", 20_000),
+    "resid_mlp3": (1e-5, 1e-3, "constant", 50_000),
+}
+
+
 def config(name):
     return parse_config(recipe(name))
 
 
-def test_every_experiment_of_the_paper_ships():
-    assert set(recipes()) == set(PAPER)
+def test_every_experiment_of_the_paper_ships_with_both_presets():
+    assert {n for n in recipes() if "/" not in n} == {*NETWORKS, *LATER, *ROBUST}
 
 
 @ALL
@@ -44,6 +60,29 @@ def test_a_recipe_has_the_papers_hyperparameters(name):
     assert (found.lr, found.lr_schedule) == (lr, schedule)
     assert found.steps in steps
     assert (found.batch_size, found.draws, found.preset) == (batch, 1, "paper")
+
+
+@ALL
+def test_a_recipe_of_2026_has_that_codes_hyperparameters(name):
+    coefficient, lr, schedule, steps = PRESET_2026[name]
+    found, paper = config(f"{name}-2026"), config(name)
+    assert (found.preset, found.sigmoid, found.init, found.delta) == ("2026", "2026", "2026", True)
+    assert found.losses.coefficients() == {
+        "stochastic_recon": 1,
+        "stochastic_recon_layerwise": 1,
+        "importance_minimality": coefficient,
+    }
+    assert (found.warm_up.steps, found.warm_up.lr, found.warm_up.weight_decay) == (200, 0.01, 0.1)
+    assert (found.lr, found.lr_schedule, found.steps) == (lr, schedule, steps)
+    same = ("target", "sites", "ci_fn", "ci_hidden", "batch_size", "draws")
+    assert all(getattr(found, key) == getattr(paper, key) for key in same)
+    assert found.losses.importance_minimality.p == paper.losses.importance_minimality.p
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_robust_recipe_decomposes_the_same_network(name):
+    found, paper = config(name), config(name.removesuffix("-robust"))
+    assert (found.target, found.sites) == (paper.target, paper.sites)
 
 
 @ALL
@@ -85,7 +124,7 @@ def test_residual_mlp_targets_are_the_papers(name, features, d_mlp, layers, step
     assert (target.batch_size, target.weight_decay, target.probability) == (2048, 0.01, 0.01)
 
 
-@ALL
+@EVERY_RECIPE
 def test_every_site_has_a_known_mechanism(name):
     from spd_fast.model.sites import resolve_sites
 
@@ -112,7 +151,7 @@ def test_residual_mlp_sites_are_identities_in_and_dense_out():
     }  # fmt: skip
 
 
-@ALL
+@EVERY_RECIPE
 def test_a_recipe_has_its_own_name_and_a_description(name):
     assert config(name).name == name
     assert len(recipes()[name]) > 20

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from spd_fast.errors import UserError
+from spd_fast.errors import Diverged, UserError
 from spd_fast.losses import LOSSES, faithfulness
 from spd_fast.model import DecomposedModel
 from spd_fast.targets import TMS
@@ -269,7 +269,7 @@ def poisoned(at):
 
 def test_a_loss_that_is_not_finite_names_itself_and_the_step(tmp_path):
     run = trainer(tmp_path, batches=poisoned(6), log_every=1)
-    with pytest.raises(UserError, match=r"loss 'stochastic_recon' is nan at step 7; .*lower lr"):
+    with pytest.raises(Diverged, match=r"loss 'stochastic_recon' is nan at step 7; .*lower lr"):
         run.fit()
 
 
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_is_not_in_the_metrics(tmp_path):
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     run = trainer(tmp_path, batches=poisoned(7), log_every=12, checkpoint_every=3)
-    with pytest.raises(UserError, match=r"parameter .* is not finite at step 9; .*lower lr"):
+    with pytest.raises(Diverged, match=r"parameter .* is not finite at step 9; .*lower lr"):
         run.fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_3", "step_6"]
 
