@@ -56,7 +56,7 @@ class PersistentSources:
 
     def shapes(self, step: Step) -> dict[str, tuple[int, ...]]:
         """Site → the shape of its r for the whole batch of ``step``."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, site in step.importances.items():
             samples, *rest = site.inner.shape[:-1]
             channels = site.inner.shape[-1] + int(step.model.delta)
