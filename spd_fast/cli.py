@@ -49,15 +49,41 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0-4|0,2,5", help="One run a seed, into OUT/seedS; finished ones stay."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="With --seeds: runs side by side.")] = 1,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
 ) -> None:
     """Decompose a network, evaluate the result and write a report."""
     from spd_fast import _extension, experiments
-    from spd_fast.report import results_table, write_report
+    from spd_fast.report import results_table, seeds_summary, write_report
     from spd_fast.train import parse_config, set_keys
 
     changes = [*(assignments or []), *(overrides or [])]
     changes += [f"{k}={v}" for k, v in (("seed", seed), ("steps", steps)) if v is not None]
+    if seeds is not None:
+        if seed is not None:
+            raise UserError("--seed and --seeds: give one of them")
+        data = set_keys(experiments.recipe(experiment), changes)
+        configs = {
+            s: parse_config(set_keys(data, [f"seed={s}"])) for s in experiments.parse_seeds(seeds)
+        }
+        _extension.keep_freed_memory()
+        together = out or Path("runs") / next(iter(configs.values())).name
+        found, summary = experiments.run_seeds(
+            configs, together, device=device, backend=backend, jobs=jobs, finish=write_report,
+            quiet=quiet,
+        )  # fmt: skip
+        print(results_table([o.evaluation for o in found.values() if o.evaluation is not None]))
+        print(seeds_summary(summary))
+        print(f"aggregate: {together / 'aggregate.json'}")
+        return
+    if jobs != 1:
+        raise UserError("--jobs goes with --seeds")
     config = parse_config(set_keys(experiments.recipe(experiment), changes))
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
     _extension.keep_freed_memory()

@@ -1,6 +1,21 @@
 """Experiments: recipes, and the run that carries one out."""
 
+from spd_fast.experiments.grid import Outcome, run_grid
 from spd_fast.experiments.recipes import expected_sites, recipe, recipes
 from spd_fast.experiments.runs import Run, evaluate_run, load_run, run
+from spd_fast.experiments.seeds import aggregate, parse_seeds, run_seeds
 
-__all__ = ["Run", "evaluate_run", "expected_sites", "load_run", "recipe", "recipes", "run"]
+__all__ = [
+    "Outcome",
+    "Run",
+    "aggregate",
+    "evaluate_run",
+    "expected_sites",
+    "load_run",
+    "parse_seeds",
+    "recipe",
+    "recipes",
+    "run",
+    "run_grid",
+    "run_seeds",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["PAPER", "PAPER_APD", "mean_and_spread", "results_table"]
+__all__ = ["PAPER", "PAPER_APD", "mean_and_spread", "results_table", "seeds_summary"]
 
 # arXiv 2506.20790, table 1: experiment → (MMCS ±, ML2R ±), on linear1, over features of one run.
 PAPER: dict[str, tuple[str, str]] = {
@@ -64,3 +64,28 @@ def results_table(evaluations: Sequence[dict[str, Any]], *, markdown: bool = Fal
     if markdown:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
     return "\n".join("  ".join(cells).rstrip() for cells in (lines[0], rule, *lines[1:]))
+
+
+def _with_spread(stats: dict[str, Any], digits: int) -> str:
+    spread = "" if stats["std"] is None else f" ± {stats['std']:.{digits}f}"
+    return f"{stats['mean']:.{digits}f}{spread}"
+
+
+def seeds_summary(aggregate: dict[str, Any]) -> str:
+    """What several seeds come to, in a line: ± is the spread over seeds."""
+    recovered, sites = aggregate["recovered"], aggregate["sites"]
+    parts = [f"recovered on {len(recovered['seeds'])} of {recovered['of']} seeds"]
+    first = sites.get("linear1", {})
+    parts += [
+        f"{label} {_with_spread(first[key], digits)}"
+        for key, label, digits in (("mmcs", "MMCS", 4), ("ml2r", "ML2R", 3))
+        if key in first
+    ]
+    neurons = aggregate["neuron_contributions"]
+    if neurons is not None:
+        parts.append(f"neuron R² {_with_spread(neurons['r2'], 4)}")
+    if aggregate["diverged"]:
+        parts.append(f"{len(aggregate['diverged'])} diverged")
+    if aggregate["target_incomplete"]:
+        parts.append(f"{len(aggregate['target_incomplete'])} left out: target incomplete")
+    return f"{aggregate['name']}: {'; '.join(parts)}"

@@ -37,6 +37,7 @@ class Progress:
             self.bar = tqdm(
                 total=total, initial=start, desc=label, file=self.file, dynamic_ncols=True,
                 mininterval=0.2, smoothing=0.05,
+                leave=None,  # a bar below another one goes away when it is done
             )  # fmt: skip
         self.began = self.said = time.perf_counter()
 
