@@ -93,14 +93,39 @@ def gate_forward_counted(
     sigmoid: str, penalty: str, power: float, eps: float, threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """:func:`gate_forward` and the L0 counts [C]: positions with g above ``threshold``."""
-    (N, d_in), C = x.shape, V.shape[1]
+    N, C = x.shape[0], V.shape[1]
     V_x = V.to(x.dtype)
     in_kernel = gate_product_in_kernel(x, C)
     inner = torch.empty(N, C, dtype=x.dtype, device=x.device)
     if not in_kernel and N and C:
         torch.mm(x, V_x, out=inner)
+    lower, sums, live = _forward(
+        x, V_x, inner, (w_in, b_in, w_out, b_out), in_kernel, sigmoid, penalty, power, eps,
+        threshold,
+    )  # fmt: skip
+    return inner, lower, sums.to(V.dtype), live
+
+
+def gate_inner_forward(
+    inner: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    sigmoid: str, penalty: str, power: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """lower [N, C] in the dtype of ``inner`` [N, C], penalty_sum [C] in the dtype of w_out."""
+    h = inner.contiguous()
+    gate = (w_in, b_in, w_out, b_out)
+    lower, sums, _ = _forward(h, h, h, gate, False, sigmoid, penalty, power, eps, None)
+    return lower, sums.to(w_out.dtype)
+
+
+def _forward(
+    x: Tensor, V: Tensor, inner: Tensor, gate: tuple[Tensor, ...], product: bool, sigmoid: str,
+    penalty: str, power: float, eps: float, threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(lower, penalty sums in fp32, counts); ``inner`` is written where the product is made here,
+    read where not."""
+    (N, d_in), C = x.shape, inner.shape[1]
     lower = torch.empty_like(inner)
-    gate = [t.contiguous() for t in (w_in, b_in, w_out, b_out)]
+    gate = tuple(t.contiguous() for t in gate)
     special = scalar.specialisation(sigmoid, penalty, power)
     partial = counts = None
 
@@ -116,74 +141,160 @@ def gate_forward_counted(
         if N and C:
             grid = (tiles * triton.cdiv(C, config.blocks["BLOCK_C"]),)
             launch(
-                gate_forward_kernel, x, grid, x, V_x, inner, lower, partial,
+                gate_forward_kernel, x, grid, x, V, inner, lower, partial,
                 partial if counts is None else counts, *gate, N, C, d_in, *x.stride(),
-                *V_x.stride(), float(power), float(eps), float(threshold or 0.0),
-                HIDDEN=w_in.shape[1], COUNT=counts is not None, PRODUCT=in_kernel,
+                *V.stride(), float(power), float(eps), float(threshold or 0.0),
+                HIDDEN=gate[0].shape[1], COUNT=counts is not None, PRODUCT=product,
                 PRECISION=precision(x), **special,
-                config=config if in_kernel else config.without_product(),
+                config=config if product else config.without_product(),
             )  # fmt: skip
 
-    run(pick("gate_forward", operand_class(x) if in_kernel else "any", x, (N, d_in, C), run))
+    run(pick("gate_forward", operand_class(x) if product else "any", x, (N, d_in, C), run))
     assert partial is not None
     sums = partial.sum(0) if penalty != "none" and N else partial.new_zeros(C)
-    live = None if counts is None else counts.sum(0)
-    return inner, lower, sums.to(V.dtype), live
+    return lower, sums, None if counts is None else counts.sum(0)
 
 
 @triton.jit
 def gate_backward_kernel(
     inner, grad_inner, grad_lower, grad_sum, h_bar, partial, w_in, b_in, w_out, b_out,
-    N, first, count, gi_row, gi_col, gl_row, gl_col, in_row, in_col, power, eps,
-    HIDDEN: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr, POWER: tl.constexpr,
-    GRAD_INNER: tl.constexpr, GRAD_LOWER: tl.constexpr,
+    N, first, count, tiles, gi_row, gi_col, gl_row, gl_col, in_row, in_col, power, eps,
+    HIDDEN: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
+    POWER: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_LOWER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """h̄ [N, count] of components first … first + count, and per-tile sums."""
-    row_tile = tl.program_id(0)
-    rows = row_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """h̄ [N, count] of components first … first + count, and sums over this program's row tiles.
+
+    A program takes ``tiles`` row tiles in turn and keeps its sums in registers, neuron by neuron in
+    the rows of [PADDED, BLOCK_C] accumulators: one write a program instead of one a tile.
+    """
+    group = tl.program_id(0)
     local = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     cols = first + local
     in_cols = local < count
-    inside = (rows < N)[:, None] & in_cols[None, :]
-    r, c = rows[:, None], cols[None, :]
+    neurons = tl.arange(0, PADDED)
+    s_sum = tl.zeros((BLOCK_C,), tl.float32)
+    w_sum = tl.zeros((PADDED, BLOCK_C), tl.float32)
+    b_sum = tl.zeros((PADDED, BLOCK_C), tl.float32)
+    o_sum = tl.zeros((PADDED, BLOCK_C), tl.float32)
 
-    h = tl.load(inner + r * in_row + local[None, :] * in_col, mask=inside, other=0.0).to(tl.float32)
-    s = _logit(h, cols, in_cols, w_in, b_in, w_out, b_out, HIDDEN)
-    grad = tl.zeros_like(h)
-    if GRAD_LOWER:
-        grad = tl.load(grad_lower + r * gl_row + c * gl_col, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros_like(h)
-    if PENALTY != 0:
-        total += tl.load(grad_sum + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
-    s_bar = scalar.logit_backward(s, grad, total, power, eps, SIGMOID, PENALTY, POWER)
-    s_bar = tl.where(inside, s_bar, 0.0)
-    out = tl.zeros_like(h)
-    if GRAD_INNER:
-        out = tl.load(grad_inner + r * gi_row + c * gi_col, mask=inside, other=0.0).to(tl.float32)
+    first_row = group.to(tl.int64) * tiles * BLOCK_N
+    for start in range(0, tl.minimum(tiles * BLOCK_N, N - first_row), BLOCK_N):
+        rows = first_row + start + tl.arange(0, BLOCK_N)
+        inside = (rows < N)[:, None] & in_cols[None, :]
+        r, c = rows[:, None], cols[None, :]
+        h_at = r * in_row + local[None, :] * in_col  # [BN, BC]
+        h = tl.load(inner + h_at, mask=inside, other=0.0).to(tl.float32)
+        s = _logit(h, cols, in_cols, w_in, b_in, w_out, b_out, HIDDEN)
+        grad = tl.zeros_like(h)
+        if GRAD_LOWER:
+            gl_at = r * gl_row + c * gl_col
+            grad = tl.load(grad_lower + gl_at, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros_like(h)
+        if PENALTY != 0:
+            total += tl.load(grad_sum + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+        s_bar = scalar.logit_backward(s, grad, total, power, eps, SIGMOID, PENALTY, POWER)
+        s_bar = tl.where(inside, s_bar, 0.0)
+        out = tl.zeros_like(h)
+        if GRAD_INNER:
+            gi_at = r * gi_row + c * gi_col
+            out = tl.load(grad_inner + gi_at, mask=inside, other=0.0).to(tl.float32)
 
-    # Partial sums [tile, field, count]: b_out, then each neuron's (w_in, b_in, w_out) or, in a
-    # linear gate, w_out.
+        s_sum += tl.sum(s_bar, axis=0)
+        if HIDDEN == 0:  # linear gate
+            o_sum += tl.sum(s_bar * h, axis=0)[None, :]
+            out += s_bar * tl.load(w_out + cols, mask=in_cols, other=0.0)[None, :]
+        for j in range(HIDDEN):
+            at = cols * HIDDEN + j
+            w = tl.load(w_in + at, mask=in_cols, other=0.0)[None, :]
+            b = tl.load(b_in + at, mask=in_cols, other=0.0)[None, :]
+            o = tl.load(w_out + at, mask=in_cols, other=0.0)[None, :]
+            z = tl.fma(h, tl.zeros_like(h) + w, tl.zeros_like(h) + b)
+            value, slope = scalar.gelu_with_slope(z)
+            z_bar = s_bar * o * slope  # [BN, BC]
+            out = tl.fma(z_bar, tl.zeros_like(h) + w, out)
+            here = (neurons == j)[:, None]
+            w_sum += tl.where(here, tl.sum(z_bar * h, axis=0)[None, :], 0.0)
+            b_sum += tl.where(here, tl.sum(z_bar, axis=0)[None, :], 0.0)
+            o_sum += tl.where(here, tl.sum(s_bar * value, axis=0)[None, :], 0.0)
+        tl.store(h_bar + r * count + local[None, :], out.to(h_bar.dtype.element_ty), mask=inside)
+
+    # [group, field, count]: b_out, then w_in, b_in and w_out of every neuron (one w_out if linear).
     FIELDS: tl.constexpr = 3 * HIDDEN + 1 if HIDDEN > 0 else 2
-    base = partial + row_tile.to(tl.int64) * FIELDS * count + local
-    tl.store(base, tl.sum(s_bar, axis=0), mask=in_cols)
+    base = partial + group.to(tl.int64) * FIELDS * count + local
+    tl.store(base, s_sum, mask=in_cols)
+    field = base[None, :] + (1 + neurons[:, None]) * count  # [PADDED, BC]
     if HIDDEN == 0:
-        tl.store(base + count, tl.sum(s_bar * h, axis=0), mask=in_cols)
-        o = tl.load(w_out + cols, mask=in_cols, other=0.0)[None, :]
-        out += s_bar * o
-    for j in range(HIDDEN):
-        at = cols * HIDDEN + j
-        w = tl.load(w_in + at, mask=in_cols, other=0.0)[None, :]
-        b = tl.load(b_in + at, mask=in_cols, other=0.0)[None, :]
-        o = tl.load(w_out + at, mask=in_cols, other=0.0)[None, :]
-        value, slope = scalar.gelu_with_slope(tl.fma(h, tl.zeros_like(h) + w, tl.zeros_like(h) + b))
-        z_bar = s_bar * o * slope  # [BN, BC]
-        out = tl.fma(z_bar, tl.zeros_like(h) + w, out)
-        field = base + (1 + 3 * j) * count
-        tl.store(field, tl.sum(z_bar * h, axis=0), mask=in_cols)
-        tl.store(field + count, tl.sum(z_bar, axis=0), mask=in_cols)
-        tl.store(field + 2 * count, tl.sum(s_bar * value, axis=0), mask=in_cols)
-    tl.store(h_bar + r * count + local[None, :], out.to(h_bar.dtype.element_ty), mask=inside)
+        tl.store(field, o_sum, mask=(neurons == 0)[:, None] & in_cols[None, :])
+    else:
+        written = (neurons < HIDDEN)[:, None] & in_cols[None, :]
+        tl.store(field, w_sum, mask=written)
+        tl.store(field + HIDDEN * count, b_sum, mask=written)
+        tl.store(field + 2 * HIDDEN * count, o_sum, mask=written)
+
+
+# Programs of one backward launch: about four waves of what an H200 holds at a time. More row tiles
+# a program than that leaves multiprocessors idle, fewer only add partial sums.
+PROGRAMS = 4096
+
+
+def backward_groups(N: int, count: int, block_n: int, block_c: int) -> tuple[int, int]:
+    """(programs over rows, row tiles of each) of one backward launch."""
+    row_tiles = triton.cdiv(N, block_n)
+    wanted = triton.cdiv(PROGRAMS, triton.cdiv(count, block_c))
+    tiles = triton.cdiv(row_tiles, min(wanted, row_tiles))
+    return triton.cdiv(row_tiles, tiles), tiles
+
+
+def backward_class(hidden: int) -> str:
+    """Which configurations fit: PADDED · BLOCK_C sums of each kind are a program's registers."""
+    return "any" if hidden <= 16 else "wide" if hidden <= 128 else "widest"
+
+
+def _backward_chunk(
+    h: Tensor, grad_inner: Tensor | None, grad_lower: Tensor | None, grad_penalty: Tensor | None,
+    gate: tuple[Tensor, ...], first: int, sigmoid: str, penalty: str, power: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h̄ [N, count], sums over rows [fields, count]) of the components that ``h`` starts at."""
+    (N, count), H = h.shape, gate[0].shape[1]
+    fields = 3 * H + 1 if H else 2
+    h_bar = torch.empty(N, count, dtype=h.dtype, device=h.device)
+    special = scalar.specialisation(sigmoid, penalty, power)
+    partial: Tensor | None = None
+
+    def run(config: Config) -> None:
+        nonlocal partial
+        block_n, block_c = config.blocks["BLOCK_N"], config.blocks["BLOCK_C"]
+        groups, tiles = backward_groups(N, count, block_n, block_c)
+        partial = torch.empty(groups, fields, count, device=h.device)
+        gi = grad_inner if grad_inner is not None else h
+        gl = grad_lower if grad_lower is not None else h
+        gp = grad_penalty if grad_penalty is not None else h
+        launch(
+            gate_backward_kernel, h, (groups, triton.cdiv(count, block_c)), h, gi, gl, gp, h_bar,
+            partial, *gate, N, first, count, tiles, *gi.stride(), *gl.stride(), *h.stride(),
+            float(power), float(eps), HIDDEN=H, PADDED=triton.next_power_of_2(max(H, 1)),
+            GRAD_INNER=grad_inner is not None, GRAD_LOWER=grad_lower is not None, **special,
+            config=config,
+        )  # fmt: skip
+
+    run(pick("gate_backward", backward_class(H), h, (N, count, H), run))
+    assert partial is not None
+    return h_bar, partial.sum(0)
+
+
+def _parameter_gradients(
+    sums: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gate's gradients from ``sums`` [fields, C]."""
+    C, H = w_in.shape
+    grad_b_out = sums[0].to(b_out.dtype)
+    if H == 0:
+        grad_w_out = sums[1:].t().to(w_out.dtype).contiguous()
+        return torch.zeros_like(w_in), torch.zeros_like(b_in), grad_w_out, grad_b_out
+    per_neuron = sums[1:].view(3, H, C).transpose(1, 2)  # [3, C, H]
+    w, b, o = (t.contiguous().to(w_in.dtype) for t in per_neuron)
+    return w, b, o, grad_b_out
 
 
 def gate_backward(
@@ -195,50 +306,41 @@ def gate_backward(
     N, C, H = x.shape[0], V.shape[1], w_in.shape[1]
     V_x = V.to(x.dtype)
     penalty = "none" if grad_penalty is None else penalty
-    special = scalar.specialisation(sigmoid, penalty, power)
-    gate = [t.contiguous() for t in (w_in, b_in, w_out, b_out)]
-    fields = 3 * H + 1 if H else 2
-    sums = torch.zeros(fields, C, device=x.device)
+    gate = tuple(t.contiguous() for t in (w_in, b_in, w_out, b_out))
+    sums = torch.zeros(3 * H + 1 if H else 2, C, device=x.device)
     grad_V = torch.zeros(V.shape, dtype=V.dtype, device=x.device)
     grad_x, pieces = None, chunks(x, N, C)
     wide = torch.float32 if len(pieces) > 1 else x.dtype
 
     for first, count in pieces:
-        some_V = V_x[:, first : first + count]
-        h = mm(x, some_V, x.dtype) if inner is None else inner[:, first : first + count]
-        h_bar = torch.empty(N, count, dtype=x.dtype, device=x.device)
-        partial: Tensor | None = None
-
-        def run(config: Config, h: Tensor = h, h_bar: Tensor = h_bar, first: int = first,
-                count: int = count) -> None:  # fmt: skip
-            nonlocal partial
-            tiles = triton.cdiv(N, config.blocks["BLOCK_N"])
-            partial = torch.empty(tiles, fields, count, device=x.device)
-            grid = (tiles, triton.cdiv(count, config.blocks["BLOCK_C"]))
-            gi = grad_inner if grad_inner is not None else h
-            gl = grad_lower if grad_lower is not None else h
-            gp = grad_penalty if grad_penalty is not None else h
-            launch(
-                gate_backward_kernel, x, grid, h, gi, gl, gp, h_bar, partial, *gate,
-                N, first, count, *gi.stride(), *gl.stride(), *h.stride(), float(power),
-                float(eps), HIDDEN=H, GRAD_INNER=grad_inner is not None,
-                GRAD_LOWER=grad_lower is not None, **special, config=config,
-            )  # fmt: skip
-
-        run(pick("gate_backward", "any", x, (N, count, H), run))
-        assert partial is not None
-        sums[:, first : first + count] = partial.sum(0)
-        grad_V[:, first : first + count] = mm(x.t(), h_bar, V.dtype)
+        part = slice(first, first + count)
+        some_V = V_x[:, part]
+        h = mm(x, some_V, x.dtype) if inner is None else inner[:, part]
+        h_bar, sums[:, part] = _backward_chunk(
+            h, grad_inner, grad_lower, grad_penalty, gate, first, sigmoid, penalty, power, eps
+        )
+        grad_V[:, part] = mm(x.t(), h_bar, V.dtype)
         if need_grad_x:
             grad_x = addmm(grad_x, h_bar, some_V.t(), wide)
 
     if need_grad_x:
         grad_x = torch.zeros_like(x) if grad_x is None else grad_x.to(x.dtype)
-    grad_b_out = sums[0].to(b_out.dtype)
-    if H == 0:
-        grad_w_out = sums[1:].t().to(w_out.dtype).contiguous()
-        no_hidden = torch.zeros_like(w_in), torch.zeros_like(b_in)
-        return grad_x, grad_V, *no_hidden, grad_w_out, grad_b_out
-    per_neuron = sums[1:].view(H, 3, C).permute(1, 2, 0)  # [3, C, H]
-    w, b, o = (t.contiguous().to(w_in.dtype) for t in per_neuron)
-    return grad_x, grad_V, w, b, o, grad_b_out
+    return grad_x, grad_V, *_parameter_gradients(sums, w_in, b_in, w_out, b_out)
+
+
+def gate_inner_backward(
+    grad_lower: Tensor | None, grad_penalty: Tensor | None, inner: Tensor, w_in: Tensor,
+    b_in: Tensor, w_out: Tensor, b_out: Tensor, sigmoid: str, penalty: str, power: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h̄ and the gate's gradients."""
+    H, penalty = w_in.shape[1], "none" if grad_penalty is None else penalty
+    gate = tuple(t.contiguous() for t in (w_in, b_in, w_out, b_out))
+    if inner.numel() == 0:
+        h_bar = torch.zeros(inner.shape, dtype=inner.dtype, device=inner.device)
+        sums = torch.zeros(3 * H + 1 if H else 2, inner.shape[1], device=inner.device)
+    else:
+        h_bar, sums = _backward_chunk(
+            inner, None, grad_lower, grad_penalty, gate, 0, sigmoid, penalty, power, eps
+        )
+    return h_bar, *_parameter_gradients(sums, w_in, b_in, w_out, b_out)

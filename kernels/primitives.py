@@ -6,13 +6,20 @@ from spd_fast.kernels.component_linear import component_linear_backward, compone
 from spd_fast.kernels.divergence import kl_backward, kl_forward, mse_backward, mse_forward
 from spd_fast.kernels.embedding_inner import embedding_backward, embedding_forward
 from spd_fast.kernels.faithfulness import faithfulness_backward, faithfulness_forward
-from spd_fast.kernels.gate import gate_backward, gate_forward
+from spd_fast.kernels.gate import (
+    gate_backward,
+    gate_forward,
+    gate_inner_backward,
+    gate_inner_forward,
+)
 from spd_fast.kernels.importances import importances_backward, importances_forward
 from spd_fast.kernels.linear_kl import linear_kl_forward
 
 TABLE = {
     "gate_forward": gate_forward,
     "gate_backward": gate_backward,
+    "gate_inner_forward": gate_inner_forward,
+    "gate_inner_backward": gate_inner_backward,
     "component_linear_forward": component_linear_forward,
     "component_linear_backward": component_linear_backward,
     "faithfulness_forward": faithfulness_forward,

@@ -22,8 +22,11 @@ from spd_fast.kernels import (
 from spd_fast.kernels.configs import CONFIGS, Config
 
 # Operand class of a configuration set → (element type, precision of its products).
-_OPERANDS = {"mma": (("bf16", "ieee"), ("fp32", "tf32")), "ieee": (("fp32", "ieee"),),
-             "any": (("bf16", "ieee"), ("fp32", "ieee"))}  # fmt: skip
+_OPERANDS = {
+    "mma": (("bf16", "ieee"), ("fp32", "tf32")),
+    "ieee": (("fp32", "ieee"),),
+    **dict.fromkeys(("any", "wide", "widest"), (("bf16", "ieee"), ("fp32", "ieee"))),
+}
 _FP32_POINTERS = {
     "w_in", "b_in", "w_out", "b_out", "partial", "grad_sum", "delta", "d_bar", "lse_p", "lse_q",
     "scale", "loss", "table_bar",
@@ -31,9 +34,9 @@ _FP32_POINTERS = {
 _INT32_POINTERS = {"counts"}
 _INT64_POINTERS = {"key", "order", "starts"}
 _BYTE_POINTERS = {"routing"}
-_PLAIN_INTS = {"draw", "site", "row_offset", "column"}
+_PLAIN_INTS = {"draw", "site", "row_offset", "column", "tiles", "segments"}
 _FLOATS = {"power", "eps", "threshold", "factor"}
-_SCALARS = {"N", "C", "first", "count", "d_in", "d_out", "size", "width", "segments"}
+_SCALARS = {"N", "C", "first", "count", "d_in", "d_out", "size", "width"}
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,11 @@ def cases() -> Iterator[Case]:
             {**_GIVEN, **products, **_ADVERSARY},
         )  # fmt: skip
     both = {"GRAD_INNER": True, "GRAD_LOWER": True}
-    yield from _each("gate_backward", gate.gate_backward_kernel, "any",
-                     {**_LINEAR, **both}, {**_GATE, **both}, {**_GENERAL, **both})  # fmt: skip
+    for operands, hidden in (("any", 16), ("wide", 128), ("widest", 512)):
+        wide = {**both, "HIDDEN": hidden, "PADDED": hidden}
+        narrow = ({**_LINEAR, **both, "PADDED": 1}, {**_GATE, **wide}) if hidden == 16 else ()
+        yield from _each("gate_backward", gate.gate_backward_kernel, operands, *narrow,
+                         {**_GENERAL, **wide})  # fmt: skip
     for operands in ("mma", "ieee"):
         yield from _each(
             "small_forward", linear.small_forward_kernel, operands,

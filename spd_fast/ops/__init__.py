@@ -1,10 +1,12 @@
 """The operations: mathematics, autograd, validation and dispatch, one file each."""
 
+from spd_fast.ops.component_embedding import component_embedding
 from spd_fast.ops.component_linear import component_linear
 from spd_fast.ops.divergence import divergence, kl_divergence, mse_divergence
 from spd_fast.ops.embedding_inner import embedding_inner
 from spd_fast.ops.faithfulness import faithfulness, weight_delta
 from spd_fast.ops.gate import GateOutput, gate, gate_logits
+from spd_fast.ops.gate_inner import gate_inner
 from spd_fast.ops.importances import ImportancesOutput, importances
 from spd_fast.ops.linear_kl import linear_kl
 from spd_fast.ops.masks import MaskRecipe, materialize_mask
@@ -19,11 +21,13 @@ __all__ = [
     "MaskRecipe",
     "Penalty",
     "RandomSource",
+    "component_embedding",
     "component_linear",
     "divergence",
     "embedding_inner",
     "faithfulness",
     "gate",
+    "gate_inner",
     "gate_logits",
     "importances",
     "kl_divergence",

@@ -24,7 +24,7 @@ from spd_fast.ops._library import composite, primitive
 from spd_fast.ops.penalty import Penalty, penalty_sums
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, lower_importance, upper_importance
 
-__all__ = ["GateOutput", "gate", "gate_logits"]
+__all__ = ["GateOutput", "check_layers", "fused_layers", "gate", "gate_logits", "unsupported"]
 
 
 class GateOutput(NamedTuple):
@@ -148,14 +148,40 @@ class _Gate(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-def _unsupported(
+def unsupported(
     backend: str, x: Tensor, weights: Sequence[Tensor], sigmoid: SigmoidKind
 ) -> str | None:
+    """Why ``backend`` cannot compute the gate of ``x``, or None."""
     if len(weights) > 2:
         return f"its gates have one hidden layer, not {len(weights) - 1}"
     if sigmoid not in ("paper", "2026"):
         return f"its sigmoids are 'paper' and '2026', not {sigmoid!r}"
     return _fused.unsupported_dtype(backend, x)
+
+
+def fused_layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w_in, b_in, w_out [C, H] and b_out [C]; the linear gate has H = 0 and w_out [C, 1]."""
+    if len(weights) == 1:
+        w_in = b_in = weights[0].new_empty(weights[0].shape[0], 0)
+    else:
+        w_in, b_in = weights[0][:, 0], biases[0]
+    return w_in, b_in, weights[-1][:, :, 0], biases[-1][:, 0]
+
+
+def check_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], components: int) -> None:
+    """Raise ValueError where the layers are no MLP 1 → … → 1 for each of ``components``."""
+    width = 1
+    for index, (W, b) in enumerate(zip(weights, biases, strict=True)):
+        if W.ndim != 3 or W.shape[:2] != (components, width) or b.shape != (components, W.shape[2]):
+            raise ValueError(
+                f"gate layer {index}: need W [{components}, {width}, out] and b [{components}, "
+                f"out], got {tuple(W.shape)} and {tuple(b.shape)}"
+            )
+        width = W.shape[2]
+    if width != 1 or not weights:
+        raise ValueError(f"the gate's last layer must have one output, got {width}")
 
 
 def gate(
@@ -186,33 +212,18 @@ def gate(
     if x.shape[-1] != V.shape[0]:
         raise ValueError(f"V has d_in {V.shape[0]} but x has {x.shape[-1]} columns")
     components = V.shape[1]
-    width = 1
-    for index, (W, b) in enumerate(zip(weights, biases, strict=True)):
-        if W.ndim != 3 or W.shape[:2] != (components, width) or b.shape != (components, W.shape[2]):
-            raise ValueError(
-                f"gate layer {index}: need W [{components}, {width}, out] and b [{components}, "
-                f"out], got {tuple(W.shape)} and {tuple(b.shape)}"
-            )
-        width = W.shape[2]
-    if width != 1 or not weights:
-        raise ValueError(f"the gate's last layer must have one output, got {width}")
+    check_layers(weights, biases, components)
     penalty = penalty or Penalty()
     rows = x.reshape(-1, x.shape[-1])
     chosen = backends.resolve(
-        backend, x.device, "gate", lambda name: _unsupported(name, x, weights, sigmoid)
+        backend, x.device, "gate", lambda name: unsupported(name, x, weights, sigmoid)
     )
     options = (sigmoid, penalty.kind, penalty.power, penalty.eps)
     if chosen == "reference":
         out = _reference(rows, V, list(weights), list(biases), *options)
     else:
         _fused.load(chosen)
-        if len(weights) == 1:  # linear gate: the fused kernels know it as hidden width 0
-            w_in = b_in = V.new_empty(components, 0)
-        else:
-            w_in, b_in = weights[0][:, 0], biases[0]
-        out = _Gate.apply(
-            _fused.autocast(rows), V, w_in, b_in, weights[-1][:, :, 0], biases[-1][:, 0], *options
-        )
+        out = _Gate.apply(_fused.autocast(rows), V, *fused_layers(weights, biases), *options)
     inner, lower, sums = out
     if x.ndim != 2:
         shape = (*x.shape[:-1], components)
