@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ FORMAT = 1
 
 @dataclass
 class Checkpoint:
-    """``step`` is the next one to run; tensors by name; ``run`` identifies the configuration."""
+    """``step`` is the next one to run; tensors by name; ``run`` identifies the configuration;
+    ``extra`` is whatever else the next step depends on (the sources of persistent PGD)."""
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     run: str
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -47,7 +49,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         aside.mkdir()
         write_bytes(aside / "model.safetensors", save(checkpoint.model))
         write_bytes(aside / "optimizer.safetensors", save(checkpoint.optimizer))
+        if checkpoint.extra:
+            write_bytes(aside / "extra.safetensors", save(checkpoint.extra))
         state = {"format": FORMAT, "step": checkpoint.step, "run": checkpoint.run}
+        if checkpoint.extra:
+            state["extra"] = True
         write_bytes(aside / "state.json", json.dumps(state).encode())
         sync_folder(aside)
         if final.exists():
@@ -91,11 +97,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise UserError(
                 f"checkpoint {path} has format {state.get('format')!r}, need {FORMAT}; {advice}"
             )
+        extra = path / "extra.safetensors"
+        if state.get("extra") and not extra.exists():
+            raise UserError(f"checkpoint {path} has lost {extra.name}; {advice}")
         return Checkpoint(
             int(state["step"]),
             load_file(path / "model.safetensors"),
             load_file(path / "optimizer.safetensors"),
             str(state["run"]),
+            load_file(extra) if state.get("extra") else {},
         )
     except UserError:
         raise

@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from spd_fast.errors import UserError, nearest
+from spd_fast.train.fields import (
+    NAME,
+    NUMBER,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+    Strict,
+)
+from spd_fast.train.loss_config import LossConfig, MinimalityConfig
 
 __all__ = [
     "PRESETS",
@@ -49,29 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _not_a_bool(value: Any) -> Any:
-    # To Python `true` is the number 1; in a configuration it is a slip.
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "input should be a number")
-    return value
-
-
-_NUMBER = BeforeValidator(_not_a_bool)
-# YAML reads the preset `2026` as a number.
-_NAME = BeforeValidator(lambda value: str(value) if type(value) is int else value)
-# Sizes and steps have 31 bits: step numbers are words of the random counter.
-Count = Annotated[int, _NUMBER, Field(ge=1, lt=2**31)]
-CountOrZero = Annotated[int, _NUMBER, Field(ge=0, lt=2**31)]
-Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class TMSTarget(_Strict):
+class TMSTarget(Strict):
     """A toy model of superposition, trained by the run itself unless ``path`` is given."""
 
     kind: Literal["tms"] = "tms"
@@ -88,7 +77,7 @@ class TMSTarget(_Strict):
     path: str | None = None
 
 
-class ResidMLPTarget(_Strict):
+class ResidMLPTarget(Strict):
     """A residual MLP, trained by the run itself unless ``path`` is given."""
 
     kind: Literal["resid_mlp"] = "resid_mlp"
@@ -104,47 +93,7 @@ class ResidMLPTarget(_Strict):
     path: str | None = None
 
 
-class MinimalityConfig(_Strict):
-    """coeff · Σ_c mean (g⁺ + eps)^p; p moves linearly to ``p_final`` between two fractions of
-    the run."""
-
-    coeff: NonNegative
-    p: Positive
-    p_final: Positive | None = None
-    p_anneal_start: Fraction = 0.0
-    p_anneal_end: Fraction = 1.0
-    eps: NonNegative = 1e-12
-
-    def p_at(self, fraction: float) -> float:
-        """p after this fraction of the steps."""
-        if self.p_final is None:
-            return self.p
-        width = self.p_anneal_end - self.p_anneal_start
-        past = fraction - self.p_anneal_start
-        done = past / width if width > 0 else float(past >= 0)
-        return self.p + (self.p_final - self.p) * min(max(done, 0.0), 1.0)
-
-
-class LossConfig(_Strict):
-    """Coefficients of the losses; 0 leaves one out."""
-
-    faithfulness: NonNegative
-    stochastic_recon: NonNegative = 1.0
-    stochastic_recon_layerwise: NonNegative = 1.0
-    importance_minimality: MinimalityConfig
-
-    def coefficients(self) -> dict[str, float]:
-        """Name → coefficient of every loss that takes part."""
-        everything = {
-            "faithfulness": self.faithfulness,
-            "stochastic_recon": self.stochastic_recon,
-            "stochastic_recon_layerwise": self.stochastic_recon_layerwise,
-            "importance_minimality": self.importance_minimality.coeff,
-        }
-        return {name: c for name, c in everything.items() if c > 0}
-
-
-class WarmUpConfig(_Strict):
+class WarmUpConfig(Strict):
     """Faithfulness warm-up: AdamW on V and U alone, its moments then discarded."""
 
     steps: CountOrZero
@@ -152,39 +101,61 @@ class WarmUpConfig(_Strict):
     weight_decay: NonNegative = 0.0
 
 
-class LoopConfig(_Strict):
+class LoopConfig(Strict):
     """What every :class:`~spd_fast.train.loop.TrainingLoop` needs."""
 
     steps: Count
     batch_size: Count
     lr: Positive
-    seed: Annotated[int, _NUMBER, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, NUMBER, Field(ge=0, lt=2**32)] = 0
     log_every: Count = 100
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2
 
 
 class TrainConfig(LoopConfig):
-    """What the :class:`~spd_fast.train.Trainer` needs."""
+    """What the :class:`~spd_fast.train.Trainer` needs.
+
+    ``ci_fn_lr``: of the importance functions, ``lr`` where not given. ``grad_clip``,
+    ``ci_fn_grad_clip``: largest gradient norm of all components, and of all importance functions.
+    ``precision`` bf16: forwards under autocast; parameters, their moments, divergences and
+    faithfulness stay float32. ``accumulation``: pieces in which a batch is worked through.
+    """
 
     losses: LossConfig
     divergence: Literal["mse", "kl"] = "mse"
     draws: Count = 1
+    sampling: Literal["continuous", "binomial"] = "continuous"
     lr_schedule: Literal["constant", "quarter_cosine", "cosine"]
+    ci_fn_lr: Positive | None = None
+    grad_clip: Positive | None = None
+    ci_fn_grad_clip: Positive | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: Count = 1
+    activation_checkpointing: bool = False
     warm_up: WarmUpConfig
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainConfig:
+        if self.batch_size % self.accumulation:
+            raise PydanticCustomError(
+                "accumulation",
+                f"accumulation {self.accumulation} does not divide batch_size {self.batch_size}",
+            )
+        return self
 
 
 class Config(TrainConfig):
     """A whole run: target, sites, model and training."""
 
     name: str
-    preset: Annotated[Literal["paper", "2026"], _NAME]
+    preset: Annotated[Literal["paper", "2026"], NAME]
     target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
     sites: Annotated[dict[str, Count], Field(min_length=1)]
     ci_fn: Literal["mlp", "linear"] = "mlp"
     ci_hidden: tuple[Count, ...] = (16,)
-    sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], _NAME]
-    init: Annotated[Literal["paper", "2026"], _NAME]
+    sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], NAME]
+    init: Annotated[Literal["paper", "2026"], NAME]
     delta: bool
 
     @model_validator(mode="before")
@@ -207,24 +178,38 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration objects that an annotation (a union, an Annotated) can hold."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [m for a in getattr(annotation, "__args__", ()) for m in _models(a)]
+
+
+def _kind(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+
+
 def _fields_at(path: tuple[Any, ...]) -> list[str]:
     """Valid keys of the (nested) configuration object at ``path``."""
-    targets = {"tms": TMSTarget, "resid_mlp": ResidMLPTarget}
-    model: Any = Config
+    models: list[type[BaseModel]] = [Config]
     for key in path:
-        if key in targets:
-            model = targets[key]
+        if key in _TAGS:
+            models = [m for m in models if _kind(m) in (None, key)]
             continue
-        field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
-        model = field.annotation if field is not None else None
-    return list(getattr(model, "model_fields", {}))
+        fields = [m.model_fields[key] for m in models if key in m.model_fields]
+        models = [m for field in fields for m in _models(field.annotation)]
+    return [name for m in models for name in m.model_fields]
+
+
+# What pydantic puts into an error's path to say which member of a union it tried.
+_TAGS = ("tms", "resid_mlp", "number", "mapping")
 
 
 def _one_line(error: ValidationError) -> str:
     # A mistyped key or no preset is often why others are missing: it comes first.
     first = min(error.errors(), key=lambda e: e["type"] == "missing" and e["loc"] != ("preset",))
     path = tuple(first["loc"])
-    name = ".".join(str(p) for p in path if p not in ("tms", "resid_mlp")) or "configuration"
+    name = ".".join(str(p) for p in path if p not in _TAGS) or "configuration"
     if first["type"] == "extra_forbidden":
         close = nearest(str(path[-1]), _fields_at(path[:-1]), n=1)
         return f"unknown key {name!r}; nearest valid key: {close}"

@@ -67,12 +67,22 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         self.quiet = quiet
         self.step = 0
         self.coefficients = losses.coefficients()
-        self.optimizer = self._adamw(model.parameter_groups(), config.lr, 0.0)
-        self.device = next(model.parameters()).device
-        self._gradients = [
-            torch.tensor(c, device=self.device, dtype=next(model.parameters()).dtype)
-            for c in self.coefficients.values()
-        ]
+        self.optimizer = self._adamw(self.groups(), config.lr, 0.0)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._weights: dict[str, tuple[float, Tensor]] = {}
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Parameters in groups that the optimiser updates one after the other."""
+        return self.model.parameter_groups()
+
+    def gradient(self, loss: str, value: float) -> Tensor:
+        """The weight ``value`` of a loss on the device, made once as long as it stays the same."""
+        held = self._weights.get(loss)
+        if held is None or held[0] != value:
+            tensor = torch.tensor(value, device=self.device, dtype=self.dtype)
+            held = self._weights[loss] = (value, tensor)
+        return held[1]
 
     @staticmethod
     def _adamw(
@@ -116,15 +126,28 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
     def statistics(self, step: StepT) -> dict[str, Any]:
         """A log line's ``p``, ``l0`` and ``live`` (the last two by site)."""
 
+    def unsound(self, step: StepT) -> str | None:
+        """Where in a step something is not finite, in words; None where nothing is found."""
+        return None
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What the next step depends on beside model, optimiser and step."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`extra_state` gave."""
+
     @torch.no_grad()
     def log(self, losses: dict[str, Tensor], step: StepT, ms: float) -> str:
         """Write one line of metrics.jsonl; the only place where the host waits for the device."""
         values = {name: float(loss) for name, loss in losses.items()}
-        values["total"] = sum(c * values[name] for name, c in self.coefficients.items())
+        values["total"] = sum(self.coefficients[name] * value for name, value in values.items())
         for name, value in values.items():
             if not math.isfinite(value):
+                where = self.unsound(step)
                 raise Diverged(
-                    f"loss {name!r} is {value} at step {self.step}; try a lower lr "
+                    f"loss {name!r} is {value} at step {self.step}"
+                    f"{'' if where is None else f' ({where})'}; try a lower lr "
                     f"({self.config.lr} now); checkpoints before it are kept"
                 )
         statistics = self.statistics(step)
@@ -179,7 +202,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             k: v.clone(memory_format=torch.contiguous_format)
             for k, v in self.model.state_dict().items()
         }
-        checkpoint = Checkpoint(self.step, model, optimizer, self._run_id())
+        checkpoint = Checkpoint(self.step, model, optimizer, self._run_id(), self.extra_state())
         save_checkpoint(self.out / "checkpoints", checkpoint, self.config.keep_checkpoints)
 
     def resume(self) -> bool:
@@ -214,6 +237,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             value = torch.empty_like(like).copy_(value) if moment else value
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.load_extra_state(checkpoint.extra)
         self.step = checkpoint.step
         _truncate_metrics(self.out / "metrics.jsonl", self.step)
         return True

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spd_fast.losses import LOSSES, Step, faithfulness
+from spd_fast.losses import (
+    LOSSES,
+    PGD,
+    Frequency,
+    Part,
+    PersistentPGD,
+    PersistentSources,
+    Step,
+    faithfulness,
+    find_sources,
+)
 from spd_fast.model import DecomposedModel
-from spd_fast.ops import Penalty, make_key
+from spd_fast.ops import make_key
 from spd_fast.train.config import TrainConfig
 from spd_fast.train.loop import TrainingLoop
+from spd_fast.train.pieces import Piece, pieces
 from spd_fast.train.schedules import learning_rate
 
 __all__ = ["ACTIVE_THRESHOLD", "Trainer"]
 
 # A component counts as active at a position where its lower importance exceeds this.
 ACTIVE_THRESHOLD = 0.01
+# Losses of the weights alone: the same for every piece of a batch.
+OF_WEIGHTS = ("faithfulness", "relative_faithfulness")
+PERSISTENT = "persistent_pgd_recon"
 
 
 class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
@@ -43,29 +57,153 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         quiet: bool = False,
     ) -> None:
         super().__init__(model, config, config.losses, batches, out=out, quiet=quiet)
+        self.options = config.losses.options()
+        persistent = self.options.get(PERSISTENT)
+        self.persistent: PersistentSources | None = None
+        if isinstance(persistent, PersistentPGD):
+            self.persistent = PersistentSources(persistent, config.seed)
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The model's groups, importance functions apart where their learning rate is another."""
+        if self.config.ci_fn_lr is None:
+            return self.model.parameter_groups()
+        gates = set(map(id, self.model.ci_fns.parameters()))
+        cut = [
+            [p for p in group if (id(p) in gates) == of_gates]
+            for group in self.model.parameter_groups()
+            for of_gates in (False, True)
+        ]
+        return [group for group in cut if group]
 
     def train_step(self, index: int) -> tuple[dict[str, Tensor], Step]:
-        """One step: forward, losses, backward, optimiser. No host synchronisation."""
-        self._set_lr(index)
-        step = self.forwards(index)
-        losses = {name: LOSSES[name](step) for name in self.coefficients}
-        self.optimizer.zero_grad(set_to_none=True)
-        # The gradient of Σ c · loss, without building the sum.
-        torch.autograd.backward(list(losses.values()), self._gradients)
-        self.optimizer.step()
-        return losses, step
+        """One step: forward, losses, backward, optimiser. No host synchronisation.
 
-    def forwards(self, index: int) -> Step:
-        """The forwards that the losses of step ``index`` share."""
-        config, minimality = self.config, self.config.losses.importance_minimality
-        batch = self.batches(index)
-        clean = self.model.clean_forward(batch)
-        penalty = None
-        if minimality.coeff > 0:
-            penalty = Penalty("lp", minimality.p_at(index / config.steps), minimality.eps)
-        importances = self.model.causal_importances(clean, penalty)
+        With accumulation the pieces of the batch are worked through one after the other; losses
+        and gradients are those of the whole batch, the step returned is the last piece's.
+        """
+        self._set_lr(index)
+        self.coefficients = self.config.losses.coefficients(index / self.config.steps)
+        cut = pieces(self.batches(index), self.config.accumulation)
+        only = self.forwards(index, cut[0]) if len(cut) == 1 else None
+        shared = self._of_whole_batch(index, cut, only)
+        self.optimizer.zero_grad(set_to_none=True)
+        total: dict[str, Tensor] = {}
+        for number, piece in enumerate(cut):
+            step = only or self.forwards(index, piece, **shared)
+            losses = {
+                name: self._loss(name, step)
+                for name, coefficient in self.coefficients.items()
+                if coefficient > 0 and not (number and name in OF_WEIGHTS)
+            }
+            weights = {n: 1.0 if n in OF_WEIGHTS else step.part.share for n in losses}
+            # The gradient of Σ c · loss, without building the sum.
+            gradients = [self.gradient(n, self.coefficients[n] * w) for n, w in weights.items()]
+            torch.autograd.backward(list(losses.values()), gradients)
+            if only is not None:
+                total = losses
+                break
+            for name, loss in losses.items():
+                share = weights[name] * loss.detach()
+                total[name] = total[name] + share if name in total else share
+        if self.persistent is not None and self.coefficients[PERSISTENT] > 0:
+            self.persistent.ascend_from_backward(self.coefficients[PERSISTENT])
+        self._clip()
+        self.optimizer.step()
+        return total, step
+
+    def forwards(self, index: int, piece: Piece | None = None, **shared: Any) -> Step:
+        """The forwards that the losses of step ``index`` share, for a piece of its batch (the
+        whole batch by default)."""
+        config = self.config
+        piece = piece or pieces(self.batches(index), 1)[0]
         key = make_key(config.seed, index, self.device)
-        return Step(self.model, batch, clean, importances, key, config.divergence, config.draws)
+        with self._autocast():
+            clean = self.model.clean_forward(piece.batch)
+            penalty = config.losses.importance_minimality.penalty_at(index / config.steps)
+            importances = self.model.causal_importances(clean, penalty)
+        totals = shared.pop("penalty_totals", None)
+        rows = importances.positions // piece.samples
+        return Step(
+            self.model,
+            piece.batch,
+            clean,
+            importances,
+            key,
+            config.divergence,
+            config.draws,
+            self.options,
+            Part(piece.share, rows * piece.start, piece.start, totals),
+            config.sampling == "binomial",
+            config.activation_checkpointing,
+            persistent=self.persistent,
+            **shared,
+        )
+
+    def _of_whole_batch(self, index: int, cut: list[Piece], only: Step | None) -> dict[str, Any]:
+        """What a loss needs to know of the whole batch before any piece's backward: the penalty
+        sums of a frequency term, and adversarial sources that all samples share."""
+
+        def steps() -> Iterator[Step]:
+            if only is not None:
+                yield only
+                return
+            for piece in cut:
+                with torch.no_grad():
+                    step = self.forwards(index, piece)
+                yield step
+
+        def attacked() -> Iterator[Step]:
+            for step in steps():
+                with self._autocast():
+                    yield step
+
+        if self.persistent is not None and self.coefficients[PERSISTENT] > 0:
+            self.persistent.prepare(next(steps()))
+            self.persistent.warm_up(attacked)
+        if only is not None:
+            return {}
+        shared: dict[str, Any] = {}
+        frequency = self.options.get("importance_minimality")
+        if isinstance(frequency, Frequency) and frequency.beta > 0:
+            totals: dict[str, Tensor] = {}
+            for step in steps():
+                for name, site in step.importances.items():
+                    S = site.penalty_sum.detach()
+                    totals[name] = totals[name] + S if name in totals else S
+            shared["penalty_totals"] = totals
+        shared["sources"] = {
+            name: find_sources(name, attacked)
+            for name, options in self.options.items()
+            if isinstance(options, PGD)
+            and options.scope == "shared_across_batch"
+            and self.coefficients[name] > 0
+        }
+        return shared
+
+    def _autocast(self) -> torch.autocast:
+        # Without its cache: a cast made while gradients were off would be taken up by a later
+        # forward that needs them.
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.precision == "bf16",
+            cache_enabled=False,
+        )
+
+    def _loss(self, name: str, step: Step) -> Tensor:
+        if name in OF_WEIGHTS:
+            return LOSSES[name](step)
+        with self._autocast():
+            return LOSSES[name](step)
+
+    def _clip(self) -> None:
+        config = self.config
+        for module, limit in (
+            (self.model.components, config.grad_clip),
+            (self.model.ci_fns, config.ci_fn_grad_clip),
+        ):
+            if limit is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), limit)
 
     def warm_up(self) -> None:
         """Faithfulness alone, on V and U; its optimiser's moments are then forgotten."""
@@ -82,13 +220,44 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
 
     def _set_lr(self, index: int) -> None:
         config = self.config
-        lr = learning_rate(config.lr_schedule, config.lr, index, config.steps)
+        gates = set(map(id, self.model.ci_fns.parameters()))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            lr = config.lr
+            if config.ci_fn_lr is not None and id(group["params"][0]) in gates:
+                lr = config.ci_fn_lr
+            group["lr"] = learning_rate(config.lr_schedule, lr, index, config.steps)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self.persistent is None else self.persistent.state_dict()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self.persistent is not None:
+            self.persistent.load_state_dict(state, self.device)
+
+    def unsound(self, step: Step) -> str | None:
+        """Where something is not finite, in the order in which a step computes."""
+        model, importances = step.model, step.importances
+        for name, x in step.clean.inputs.items():
+            if x.is_floating_point() and not x.isfinite().all():
+                return f"the target's own activations are not finite from site {name!r} on"
+        if not step.clean.output.isfinite().all():
+            return "the target's own output is not finite"
+        for name, site in importances.items():
+            if not site.lower.isfinite().all():
+                return f"the importances of site {name!r} are not finite"
+        # The optimiser's step has passed on what was not finite: it tells only where not all is.
+        bad = [
+            n
+            for n in model.sites
+            if not (model.V(n).isfinite().all() & model.U(n).isfinite().all())
+        ]
+        if bad and len(bad) < len(model.sites):
+            return f"the components of site {bad[0]!r} are not finite"
+        return None
 
     def statistics(self, step: Step) -> dict[str, Any]:
-        """p of the importance penalty; per site the mean number of active components and how many
-        are active anywhere in the batch."""
+        """p (or γ) of the importance penalty; per site the mean number of active components and
+        how many are active anywhere in the batch (with accumulation: in its last piece)."""
         active = {n: s.lower > ACTIVE_THRESHOLD for n, s in step.importances.items()}
         positions = max(step.importances.positions, 1)
         minimality = self.config.losses.importance_minimality
