@@ -84,7 +84,8 @@ class PackedTokens:
         self.rows, self.batch_size, self.length = rows, batch_size, length
 
     def __iter__(self) -> Iterator[Tensor]:
-        need, held = self.batch_size * self.length, []
+        need = self.batch_size * self.length
+        held: list[int] = []
         for row in self.rows:
             held.extend(row)
             while len(held) >= need:

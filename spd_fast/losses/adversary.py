@@ -53,7 +53,7 @@ class Sources:
 
     def masking(self, importances: Importances, routing: Mapping[str, Tensor]) -> Adversarial:
         """m = g + (1 − g) r, sources that are shared repeated at every position."""
-        shapes = {name: importances[name].inner.shape for name in self.r}
+        shapes = {name: importances[name].lower.shape for name in self.r}
         return Adversarial(
             importances,
             {n: t.expand(shapes[n]) for n, t in self.r.items()},

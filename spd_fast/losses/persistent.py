@@ -58,8 +58,8 @@ class PersistentSources:
         """Site → the shape of its r for the whole batch of ``step``."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, site in step.importances.items():
-            samples, *rest = site.inner.shape[:-1]
-            channels = site.inner.shape[-1] + int(step.model.delta)
+            samples, *rest = site.lower.shape[:-1]
+            channels = site.lower.shape[-1] + int(step.model.delta)
             if self.options.scope == "shared":
                 shapes[name] = (channels,)
             elif self.options.scope == "per_position":
@@ -97,7 +97,7 @@ class PersistentSources:
         r, delta = {}, {}
         for name, raw in self.r.items():
             if self.options.scope == "per_sample_and_position":
-                samples = step.importances[name].inner.shape[0]
+                samples = step.importances[name].lower.shape[0]
                 raw = raw.narrow(0, step.part.sample_offset, samples)
             if step.model.delta:
                 r[name], delta[name] = raw[..., :-1], raw[..., -1]

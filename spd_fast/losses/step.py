@@ -105,7 +105,7 @@ class Step:
         kind = options if isinstance(options, Routing) else getattr(options, "routing", None)
         if kind is None:
             return {}
-        shapes = {name: site.inner.shape[:-1] for name, site in self.importances.items()}
+        shapes = {name: site.lower.shape[:-1] for name, site in self.importances.items()}
         return draw_routing(kind, shapes, self.key, self.draw(loss, index), self.part.row_offset)
 
     def divergence_of(self, output: Tensor) -> Tensor:
