@@ -4,6 +4,7 @@ from spd_fast.evaluate.ground_truth import (
     Expected,
     dense_error,
     identity_error,
+    live,
     live_components,
     probe_importances,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "dense_error",
     "identity_error",
     "importance_l0",
+    "live",
     "live_components",
     "match_weights",
     "mechanism_cosines",

@@ -23,6 +23,7 @@ __all__ = [
     "Expected",
     "dense_error",
     "identity_error",
+    "live",
     "live_components",
     "permute_dense",
     "permute_identity",
@@ -98,6 +99,11 @@ def dense_error(importances: Matrix, k: int) -> int:
     return weak + int((ordered[:, k:] > OFF).sum())
 
 
+def live(importances: Matrix) -> NDArray[np.bool_]:
+    """Which components exceed 0.1 on at least one probe, [C]."""
+    return np.asarray((importances > OFF).any(axis=0))
+
+
 def live_components(importances: Matrix) -> int:
-    """Components that exceed 0.1 on at least one probe."""
-    return int((importances > OFF).any(axis=0).sum())
+    """How many components exceed 0.1 on at least one probe."""
+    return int(live(importances).sum())

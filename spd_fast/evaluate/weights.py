@@ -32,14 +32,22 @@ class WeightMatch:
         return self.ratio.mean().item()
 
 
-def match_weights(V: Tensor, U: Tensor, weight: Tensor) -> WeightMatch:
+def match_weights(V: Tensor, U: Tensor, weight: Tensor, among: Tensor | None = None) -> WeightMatch:
     """For each input feature j, max over c of cosine(u_c V_jc, W_:j), and at the maximising c
-    ‖u_c V_jc‖ / ‖W_:j‖. V [d_in, C], U [C, d_out], weight [d_out, d_in]. Float64 throughout."""
+    ‖u_c V_jc‖ / ‖W_:j‖. V [d_in, C], U [C, d_out], weight [d_out, d_in]. Float64 throughout.
+
+    Args:
+        among: bool [C], the components that may match; all where None or none is. A cosine knows
+            no length: in few dimensions a component that training has emptied (of length 1e-5,
+            say) lies by chance as close to a column as the one that carries it.
+    """
     V, U, weight = (t.detach().double() for t in (V, U, weight))
     tiny = torch.finfo(torch.float64).tiny
     unit_U = U / U.norm(dim=1, keepdim=True).clamp_min(tiny)
     unit_W = weight / weight.norm(dim=0, keepdim=True).clamp_min(tiny)
     cosine = torch.sign(V) * (unit_U @ unit_W).T  # [d_in, C]
+    if among is not None and among.any():
+        cosine = cosine.masked_fill(~among, -torch.inf)
     best = cosine.max(dim=1)
     length = V.gather(1, best.indices[:, None])[:, 0].abs() * U.norm(dim=1)[best.indices]
     return WeightMatch(best.indices, best.values, length / weight.norm(dim=0).clamp_min(tiny))

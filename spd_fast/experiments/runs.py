@@ -25,6 +25,7 @@ from spd_fast.evaluate import (
     Expected,
     NeuronContributions,
     importance_l0,
+    live,
     live_components,
     match_weights,
     mechanism_cosines,
@@ -316,13 +317,18 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     unfaithful = model.faithfulness()
     sites: dict[str, dict[str, Any]] = {}
     for name, site in model.sites.items():
-        match = match_weights(model.V(name), model.U(name), site.weight)
+        V, U = model.V(name), model.U(name)
+        among = torch.from_numpy(live(probes[name])).to(device)
+        match = match_weights(V, U, site.weight, among)
+        anything = match_weights(V, U, site.weight)
         known = expected.get(name)
         sites[name] = {
             "mmcs": match.mmcs,
             "mmcs_std": match.cosine.std(correction=0).item(),
             "ml2r": match.ml2r,
             "ml2r_std": match.ratio.std(correction=0).item(),
+            "mmcs_any": anything.mmcs,
+            "ml2r_any": anything.ml2r,
             "mechanisms_found": _mechanisms_found(model, name, known),
             "components": site.components,
             "live_components": live_components(probes[name]),

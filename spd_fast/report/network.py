@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from spd_fast.evaluate import match_weights
+from spd_fast.evaluate import live, match_weights
 from spd_fast.evaluate.ground_truth import permute_identity
 from spd_fast.model import DecomposedModel
 from spd_fast.report.importances import colorbar
@@ -89,10 +90,10 @@ class Decomposition:
         return f"feature {', '.join(map(str, features))}"
 
 
-def decomposition(model: DecomposedModel, site: str) -> Decomposition:
-    """Read one site."""
+def decomposition(model: DecomposedModel, site: str, probe: Matrix) -> Decomposition:
+    """Read one site; ``probe``: its importances on single features, which say who is live."""
     V, U, weight = model.V(site), model.U(site), model.sites[site].weight
-    match = match_weights(V, U, weight)
+    match = match_weights(V, U, weight, torch.from_numpy(live(probe)).to(V.device))
     v, u, w = (t.detach().double().cpu().numpy() for t in (V, U, weight))
     size = np.linalg.norm(v, axis=0) * np.linalg.norm(u, axis=1)
     return Decomposition(

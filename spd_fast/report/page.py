@@ -72,7 +72,7 @@ def _network(facts: Facts, album: Album) -> list[dict[str, Any]]:
         known = facts.expected.get(name)
         shown = min(known.components if known else LARGEST, site.components)
         alone = known is None or known.pattern == "identity"
-        parts = network.decomposition(facts.run.model, name)
+        parts = network.decomposition(facts.run.model, name, facts.probes[name])
         panels: list[Picture] = []
         figures: list[Picture] = []
         if parts.planar:
@@ -123,10 +123,12 @@ def _matches(facts: Facts, album: Album) -> Picture | None:
     if facts.config.name not in PAPER or "linear1" not in facts.run.model.sites:
         return None
     paper = mean_and_spread(PAPER[facts.config.name][1])
-    fig = network.matches(network.decomposition(facts.run.model, "linear1"), paper)
+    fig = network.matches(
+        network.decomposition(facts.run.model, "linear1", facts.probes["linear1"]), paper
+    )
     return album.add(
         "table1", fig, "Feature by feature at linear1",
-        "Of the component that matches each feature's column best. The orange band is the "
+        "Of the live component that matches each feature's column best. The orange band is the "
         "paper's mean and spread of the length. Good: every dot on the dotted line above, and in "
         "or near the band below; lengths well under 1 are the shrinkage SPD is meant to end.",
     )  # fmt: skip

@@ -81,6 +81,22 @@ def test_the_ratio_is_that_of_the_best_cosine_not_of_the_longest():
     assert match_weights(V, U, W).ml2r == pytest.approx(0.3)
 
 
+def test_an_emptied_component_that_points_the_right_way_is_no_match():
+    W = torch.tensor([[1.0], [0.0]])
+    V, U = torch.ones(1, 2), torch.tensor([[0.99, 0.01], [1e-5, 0.0]])
+    among = torch.tensor([True, False])
+    assert match_weights(V, U, W).ml2r == pytest.approx(1e-5)
+    assert match_weights(V, U, W, among).ml2r == pytest.approx(0.99, abs=1e-3)
+    assert match_weights(V, U, W, among).component.tolist() == [0]
+
+
+def test_where_no_component_is_live_all_may_match():
+    W = normal(3, 2, 3)
+    V, U = torch.eye(3), W.T
+    nobody = torch.zeros(3, dtype=torch.bool)
+    assert match_weights(V, U, W, nobody).component.tolist() == [0, 1, 2]
+
+
 def by_hand(V: Tensor, U: Tensor, W: Tensor) -> tuple[float, float]:
     cosines, ratios = [], []
     for j in range(V.shape[0]):
