@@ -10,20 +10,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spd_fast import ops
 from spd_fast._seeds import mixed_seed
 from spd_fast.errors import UserError, nearest
-from spd_fast.model.ci_fns import CIFnKind, MLPGate, make_ci_fn
+from spd_fast.model.calling import Caller, OutputSelector
+from spd_fast.model.ci_fns import (
+    GLOBAL_CI_FNS,
+    CIFnKind,
+    GlobalMLP,
+    MLPGate,
+    TransformerCI,
+    TransformerShape,
+    make_ci_fn,
+    make_global_ci_fn,
+)
 from spd_fast.model.components import Components, Init, TiedComponents
 from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
-from spd_fast.model.sites import Site, SiteModel, resolve_sites
+from spd_fast.model.sites import Site, SiteModel, resolve_sites, submodules
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
 
 __all__ = ["CleanForward", "DecomposedModel"]
+
+Forward = Callable[..., Any]
+# Hidden neurons of an embedding's gates that are in memory at a time.
+_NEURONS = 2**22
 
 
 @dataclass
@@ -31,10 +46,10 @@ class CleanForward:
     """The target's own forward on a batch.
 
     Attributes:
-        output: the target's output.
-        inputs: site name → x [..., d_in], the very tensors the modules received, in the order
-            in which the sites were called.
-        outputs: of the sites, and of the modules before them that masked forwards take over.
+        output: the target's output tensor.
+        inputs: site name → x [..., d_in] (tokens [...] at an embedding), the very tensors the
+            modules received, in the order in which the sites were called.
+        outputs: of the modules that finish before a site, which masked forwards take over.
     """
 
     output: Tensor
@@ -47,16 +62,29 @@ def _key(site: str) -> str:
     return site.replace(".", "-")
 
 
-def _constant(output: Any) -> Callable[..., Any]:
+def _constant(output: Any) -> Forward:
     return lambda *_, **__: output
 
 
-def _capture(name: str, forward: Callable[..., Any], clean: CleanForward) -> Callable[..., Any]:
-    def captured(*args: Any, **kwargs: Any) -> Any:
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one tensor that a site's module is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _keep_output(name: str, forward: Forward, clean: CleanForward) -> Forward:
+    def kept(*args: Any, **kwargs: Any) -> Any:
         output = clean.outputs[name] = forward(*args, **kwargs)
         return output
 
-    return captured
+    return kept
+
+
+def _module(target: nn.Module | str | Path) -> nn.Module:
+    if isinstance(target, nn.Module):
+        return target
+    from spd_fast.targets.hf import load_hf
+
+    return load_hf(target)
 
 
 class _BySite(nn.ModuleDict):
@@ -70,39 +98,61 @@ class DecomposedModel(SiteModel):
     """A target network whose sites are decomposed into rank-one components.
 
     Only V, U and the causal-importance functions are parameters here. The target stays outside
-    the module tree, frozen (its parameters lose ``requires_grad``) and otherwise untouched.
+    the module tree, frozen (its parameters lose ``requires_grad``) and otherwise untouched. Targets
+    or modules under ``torch.compile`` run uncompiled here: what replaces a site's forward could not
+    be traced into them.
 
     Args:
-        target: any ``nn.Module`` with ``nn.Linear`` submodules.
-        sites: dotted module path or glob → number of components C.
-        ci_fn, ci_hidden: causal-importance function and its hidden widths (METHOD: ``mlp``).
+        target: any ``nn.Module`` (with ``nn.Linear``, ``nn.Embedding`` or transformers' ``Conv1D``
+            inside), or the folder or hub id of a Hugging Face model.
+        sites: dotted module path or glob → number of components C. ``<path>.pre_identity`` inserts
+            a site with W = I at the input of that module.
+        ci_fn, ci_hidden: causal-importance function and its hidden widths (METHOD §2): ``mlp``,
+            ``linear``, ``vector_mlp``, ``shared_mlp``, ``global_mlp``, ``transformer``.
+        ci_transformer: ``d_model``, ``layers`` and ``heads`` of the last one.
         sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.
         init: preset of the initialisation of V and U, ``paper`` or ``2026``.
         delta: whether stochastic masks include the weight delta.
+        output: which tensor of what the target returns is its output: a field name such as
+            ``"logits"``, an index, a dotted path of both, or a function; None where it returns a
+            tensor.
+        adapter: ``adapter(target, batch)`` calls the target; by default a tensor is its first
+            argument and a mapping its keyword arguments.
         seed: of the initialisation.
         backend: who computes the operations.
 
     Raises:
-        UserError: a site pattern without match, C < 1, unknown options.
+        UserError: a site pattern without match, a module that cannot be decomposed, C < 1, unknown
+            options.
     """
+
+    caller: Caller
+    _submodules: dict[str, nn.Module]
 
     def __init__(
         self,
-        target: nn.Module,
+        target: nn.Module | str | Path,
         sites: Mapping[str, int],
         *,
         ci_fn: CIFnKind = "mlp",
         ci_hidden: Sequence[int] = (16,),
+        ci_transformer: Mapping[str, int] | None = None,
         sigmoid: SigmoidKind = "paper",
         init: Init = "paper",
         delta: bool = False,
+        output: OutputSelector | None = None,
+        adapter: Callable[[nn.Module, Any], Any] | None = None,
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         check_sigmoid(sigmoid)
-        object.__setattr__(self, "target", target)
+        target = _module(target)
         self.sites = resolve_sites(target, sites)
+        # The target and what refers to it stay outside the module tree.
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "caller", Caller(target, output, adapter))
+        object.__setattr__(self, "_submodules", submodules(target))
         self.sigmoid: SigmoidKind = sigmoid
         self.options: dict[str, Any] = {
             "ci_fn": ci_fn,
@@ -116,17 +166,35 @@ class DecomposedModel(SiteModel):
         self._prefixes: dict[str, tuple[str, ...]] | None = None  # known after the first forward
         self.components = _BySite()
         self.ci_fns = _BySite()
+        self.global_ci_fn: GlobalMLP | TransformerCI | None = None
         generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise components"))
         for name, site in self.sites.items():
+            if (taken := _key(name)) in self.components:
+                raise UserError(f"two sites share the name {taken!r} with '-' for '.': keep one")
             if site.tied_to is None:
                 self.components[_key(name)] = Components(site, init, generator)
             else:
                 owner = self.components[_key(site.tied_to)]
                 assert isinstance(owner, Components)
                 self.components[_key(name)] = TiedComponents(owner)
-        for name, site in self.sites.items():
-            gate = make_ci_fn(ci_fn, site.components, ci_hidden, generator)
-            self.ci_fns[_key(name)] = gate.to(site.weight.device, site.weight.dtype)
+        if ci_fn in GLOBAL_CI_FNS:
+            shape = TransformerShape(ci_transformer)
+            if ci_fn == "transformer":
+                self.options["ci_transformer"] = dict(shape)
+            widths = {
+                n: s.components if s.kind == "embedding" else s.d_in for n, s in self.sites.items()
+            }
+            components = {n: s.components for n, s in self.sites.items()}
+            network = make_global_ci_fn(ci_fn, widths, components, ci_hidden, shape, generator)
+            like = next(iter(self.sites.values())).weight
+            self.global_ci_fn = network.to(like.device, like.dtype)
+        else:
+            for name, site in self.sites.items():
+                d_in = None if site.kind == "embedding" else site.d_in
+                gate = make_ci_fn(ci_fn, site.components, ci_hidden, generator, d_in)
+                self.ci_fns[_key(name)] = gate.to(site.weight.device, site.weight.dtype)
+        if ci_fn != "transformer" and ci_transformer is not None:
+            raise UserError(f"ci_transformer belongs to ci_fn 'transformer', not to {ci_fn!r}")
         target.requires_grad_(False)
 
     def V(self, site: str) -> Tensor:
@@ -138,6 +206,7 @@ class DecomposedModel(SiteModel):
         return self.components[_key(site)].U  # type: ignore[return-value]
 
     def ci_fn(self, site: str) -> MLPGate:
+        """The gate of a site, where ``ci_fn`` is ``mlp`` or ``linear``."""
         gate = self.ci_fns[_key(site)]
         assert isinstance(gate, MLPGate)
         return gate
@@ -146,36 +215,49 @@ class DecomposedModel(SiteModel):
         """The target's forward, with every site's input captured by reference (no copy).
 
         Raises:
-            UserError: a site that is not called, or is called more than once.
+            UserError: a site that is not called, is called more than once, receives another width,
+                or computes something else than its weight says; a batch the target cannot take; an
+                output that is no tensor.
         """
-        if self._prefixes is None:
-            self._prefixes = prefixes(self.target, self.sites, lambda: self.target(batch))
+        before = self._prefixes or prefixes(
+            self._submodules,
+            {n: s.module for n, s in self.sites.items()},
+            lambda: self.caller(batch),
+        )
         clean = CleanForward(output=torch.empty(0))
-        captured = {n: self._capture_site(s, clean) for n, s in self.sites.items()}
-        for name in {n for prefix in self._prefixes.values() for n in prefix} - captured.keys():
-            captured[name] = _capture(name, self.target.get_submodule(name).forward, clean)
-        with torch.no_grad(), overridden_forwards(self.target, captured):
-            clean.output = self.target(batch)
-        if not isinstance(clean.output, Tensor):
-            kind = type(clean.output).__name__
-            raise UserError(f"the target returns a {kind}, need a tensor: wrap it to select one")
+        forwards: dict[str, Forward] = {}
+        for path in {p for prefix in before.values() for p in prefix}:
+            forwards[path] = _keep_output(path, self._submodules[path].forward, clean)
+        # The identity at a module's input is called before the module's own site.
+        for site in sorted(self.sites.values(), key=lambda s: s.kind == "identity"):
+            inside = forwards.get(site.module, self._submodules[site.module].forward)
+            forwards[site.module] = self._capture(site, inside, clean, self._prefixes is None)
+        with torch.no_grad(), overridden_forwards(self._submodules, forwards):
+            clean.output = self.caller(batch)
         if missing := [n for n in self.sites if n not in clean.inputs]:
             raise UserError(f"site {missing[0]!r} is not called in the target's forward")
+        self._prefixes = before
         return clean
 
     @staticmethod
-    def _capture_site(site: Site, clean: CleanForward) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
+    def _capture(site: Site, forward: Forward, clean: CleanForward, check: bool) -> Forward:
+        def captured(*args: Any, **kwargs: Any) -> Any:
             if site.name in clean.inputs:
                 raise UserError(
                     f"site {site.name!r} is called more than once per forward, which is not "
                     "supported: leave it out of `sites`"
                 )
-            clean.inputs[site.name] = x
-            y = clean.outputs[site.name] = F.linear(x, site.weight, site.bias)
+            x = clean.inputs[site.name] = _input(args, kwargs)
+            if site.kind != "embedding" and x.shape[-1] != site.d_in:
+                raise UserError(
+                    f"site {site.name!r} takes vectors of width {site.d_in}, got {tuple(x.shape)}"
+                )
+            y = forward(*args, **kwargs)
+            if check and site.kind != "identity":
+                _check_module(site, x, y)
             return y
 
-        return forward
+        return captured
 
     def causal_importances(
         self, clean: CleanForward, penalty: Penalty | None = None
@@ -183,24 +265,106 @@ class DecomposedModel(SiteModel):
         """Causal importances of every site from the clean forward's site inputs.
 
         ``penalty`` chooses ψ of the penalty sums; None leaves them zero.
+
+        Raises:
+            UserError: a global importance function over sites that see different positions.
         """
-        sites = {}
-        positions = 0
-        for name in self.sites:
-            gate, x = self.ci_fn(name), clean.inputs[name]
-            positions = x[..., :1].numel()
-            out = ops.gate(
-                x, self.V(name), gate.weights, gate.biases,
+        if self.global_ci_fn is None:
+            return Importances(
+                {n: self._local_importances(s, clean, penalty) for n, s in self.sites.items()}
+            )
+        shapes = {n: tuple(s.positions(clean.inputs[n])) for n, s in self.sites.items()}
+        first = next(iter(shapes))
+        for name, shape in shapes.items():
+            if shape != shapes[first]:
+                raise UserError(
+                    f"ci_fn {self.options['ci_fn']!r} joins the inputs of all sites, but {first!r} "
+                    f"sees positions {shapes[first]} and {name!r} {shape}: leave one out"
+                )
+        inner = {
+            n: self._inner(s, clean.inputs[n])
+            for n, s in self.sites.items()
+            if s.kind == "embedding"
+        }
+        logits = self.global_ci_fn({n: inner.get(n, clean.inputs[n]) for n in self.sites})
+        return Importances(
+            {
+                n: self._from_logits(s, clean.inputs[n], logits[n], inner.get(n), penalty)
+                for n, s in self.sites.items()
+            }
+        )
+
+    def _inner(self, site: Site, x: Tensor) -> Tensor:
+        """h [..., C] of a site's input."""
+        if site.kind == "embedding":
+            return ops.embedding_inner(x, self.V(site.name), backend=self.backend)
+        return x @ self.V(site.name)
+
+    def _local_importances(
+        self, site: Site, clean: CleanForward, penalty: Penalty | None
+    ) -> SiteImportances:
+        x, network = clean.inputs[site.name], self.ci_fns[_key(site.name)]
+        if not isinstance(network, MLPGate):
+            return self._from_logits(site, x, network(x), None, penalty)
+        if site.kind == "embedding":
+            inner = self._inner(site, x)
+            out = self._gate_inner(network, inner, penalty)
+        else:
+            inner, *rest = ops.gate(
+                x, self.V(site.name), network.weights, network.biases,
                 sigmoid=self.sigmoid, penalty=penalty, backend=self.backend,
             )  # fmt: skip
 
-            def upper(inner: Tensor, gate: MLPGate = gate) -> Tensor:
-                flat = inner.reshape(-1, inner.shape[-1])
-                s = ops.gate_logits(flat, gate.weights, gate.biases)
-                return upper_importance(s, self.sigmoid).reshape(inner.shape)
+            out = (rest[0], rest[1])
 
-            sites[name] = SiteImportances(*out, upper)
-        return Importances(sites, positions)
+        def upper() -> Tensor:
+            rows = inner.reshape(-1, inner.shape[-1])
+            s = ops.gate_logits(rows, network.weights, network.biases)
+            return upper_importance(s, self.sigmoid).reshape(inner.shape)
+
+        return SiteImportances(*out, upper=upper, inner=lambda: inner, known_inner=inner)
+
+    def _gate_inner(
+        self, gate: MLPGate, inner: Tensor, penalty: Penalty | None
+    ) -> tuple[Tensor, Tensor]:
+        """Lower importances and penalty sums of h; on a CPU, where the hidden layer is formed, no
+        more than a part of its rows is ever kept."""
+
+        def run(h: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.gate_inner(
+                h, gate.weights, gate.biases,
+                sigmoid=self.sigmoid, penalty=penalty, backend=self.backend,
+            )  # fmt: skip
+
+        if inner.is_cuda:
+            return run(inner)
+        neurons = inner.shape[-1] * max(b.shape[1] for b in gate.biases)
+        rows = inner.reshape(-1, inner.shape[-1])
+        lower, sums = zip(
+            *(
+                checkpoint(run, part, use_reentrant=False, preserve_rng_state=False)
+                for part in rows.split(max(_NEURONS // neurons, 1))
+            ),
+            strict=True,
+        )
+        return torch.cat(lower).reshape(inner.shape), torch.stack(sums).sum(dim=0)
+
+    def _from_logits(
+        self,
+        site: Site,
+        x: Tensor,
+        logits: Tensor,
+        inner: Tensor | None,
+        penalty: Penalty | None,
+    ) -> SiteImportances:
+        out = ops.importances(logits, sigmoid=self.sigmoid, penalty=penalty, backend=self.backend)
+        return SiteImportances(
+            out.lower,
+            out.penalty_sum,
+            upper=lambda: upper_importance(logits, self.sigmoid),
+            inner=lambda: self._inner(site, x),
+            known_inner=inner,
+        )
 
     def masked_forward(
         self,
@@ -217,8 +381,8 @@ class DecomposedModel(SiteModel):
         Every other site keeps its original weight. Given the ``clean`` forward of the same batch,
         work that cannot differ from it is not done again: modules that finish before the first
         masked site is called return their clean outputs, and that site takes its inner activations
-        from ``importances``. A dict given as ``inputs`` is filled with the inputs that the masked
-        sites receive.
+        from ``importances``, where they know them. A dict given as ``inputs`` is filled with the
+        inputs that the masked sites receive.
 
         Raises:
             UserError: an unknown site.
@@ -227,18 +391,24 @@ class DecomposedModel(SiteModel):
         for name in names:
             if name not in self.sites:
                 raise UserError(f"unknown site {name!r}; nearest: {nearest(name, self.sites)}")
-        forwards: dict[str, Callable[..., Any]] = {}
+        forwards: dict[str, Forward] = {}
         first = None  # the first masked site sees what it saw in the clean forward
         if clean is not None and self._prefixes is not None:
             first = next((n for n in clean.inputs if n in names), None)
-            for name in self._prefixes[first] if first is not None else ():
-                if name in clean.outputs:
-                    forwards[name] = _constant(clean.outputs[name])
-        for name in names:
-            inner = importances[name].inner if importances is not None and name == first else None
-            forwards[name] = self._masked(self.sites[name], masking, inner, inputs)
-        with overridden_forwards(self.target, forwards):
-            return self.target(batch)
+            for path in self._prefixes[first] if first is not None else ():
+                if path in clean.outputs:
+                    forwards[path] = _constant(clean.outputs[path])
+        for name in sorted(names, key=lambda n: self.sites[n].kind == "identity"):
+            site, inner = self.sites[name], None
+            if importances is not None and name == first:
+                inner = importances[name].known_inner
+            masked = self._masked(site, masking, inner, inputs)
+            if site.kind == "identity":
+                inside = forwards.get(site.module, self._submodules[site.module].forward)
+                masked = _before(masked, inside)
+            forwards[site.module] = masked
+        with overridden_forwards(self._submodules, forwards):
+            return self.caller(batch)
 
     def _masked(
         self,
@@ -246,12 +416,18 @@ class DecomposedModel(SiteModel):
         masking: Masking,
         inner: Tensor | None,
         inputs: dict[str, Tensor] | None,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Forward:
         name = site.name
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            x = _input(args, kwargs)
             if inputs is not None:
                 inputs[name] = x
+            if site.kind == "embedding":
+                return ops.component_embedding(
+                    x, self.V(name), self.U(name), masking.recipe(site),
+                    weight=site.weight.T, inner=inner, backend=self.backend, site_name=name,
+                )  # fmt: skip
             return ops.component_linear(
                 x, self.V(name), self.U(name), masking.recipe(site),
                 weight=site.weight, bias=site.bias, inner=inner,
@@ -298,3 +474,30 @@ class DecomposedModel(SiteModel):
         aliases = set(map(id, tied))
         free = [p for p in self.parameters() if id(p) not in aliases]
         return [free, tied] if tied else [free]
+
+
+def _before(masked: Forward, module: Forward) -> Forward:
+    """``module`` with ``masked`` applied to its input."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y = masked(*args, **kwargs)
+        return (
+            module(y, *args[1:], **kwargs) if args else module(**kwargs | {next(iter(kwargs)): y})
+        )
+
+    return forward
+
+
+def _check_module(site: Site, x: Tensor, y: Any) -> None:
+    """Raise UserError where a site's module gave something else than its weight and bias do."""
+    if site.kind == "embedding":
+        expected = F.embedding(x, site.weight.T)
+    else:
+        expected = F.linear(x, site.weight, site.bias)
+    same = isinstance(y, Tensor) and y.shape == expected.shape
+    scale = expected.abs().max() if expected.numel() else expected.sum()
+    if not same or not ((y - expected).abs() <= 1e-2 * scale).all():
+        raise UserError(
+            f"site {site.name!r} computes something else than its weight and bias say, so it "
+            "cannot be decomposed: leave it out of `sites`"
+        )

@@ -13,40 +13,63 @@ class SiteImportances:
     """Importances of one site for one batch.
 
     Attributes:
-        inner: h [..., C]. lower: g [..., C], what masks are made of.
+        lower: g [..., C], what masks are made of.
         penalty_sum: S [C] = Σ over positions of ψ(g⁺).
-        upper: g⁺ [..., C], computed when asked for: no loss needs it whole.
+        known_inner: h [..., C] where the importance function has computed it, else None.
+        positions: N, how many positions this site saw.
     """
 
     def __init__(
-        self, inner: Tensor, lower: Tensor, penalty_sum: Tensor, upper: Callable[[Tensor], Tensor]
+        self,
+        lower: Tensor,
+        penalty_sum: Tensor,
+        *,
+        upper: Callable[[], Tensor],
+        inner: Callable[[], Tensor],
+        known_inner: Tensor | None = None,
     ) -> None:
-        self.inner = inner
         self.lower = lower
         self.penalty_sum = penalty_sum
-        self._upper = upper
+        self.known_inner = known_inner
+        self._upper, self._inner = upper, inner
+
+    @property
+    def positions(self) -> int:
+        return self.lower[..., :1].numel()
+
+    @property
+    def inner(self) -> Tensor:
+        """h [..., C], computed when asked for where the importances did not need it."""
+        return self._inner() if self.known_inner is None else self.known_inner
 
     @property
     def upper(self) -> Tensor:
-        return self._upper(self.inner)
+        """g⁺ [..., C], computed when asked for: no loss needs it whole."""
+        return self._upper()
 
     def detach(self) -> SiteImportances:
         """The same numbers without gradients."""
+        known = self.known_inner
         return SiteImportances(
-            self.inner.detach(), self.lower.detach(), self.penalty_sum.detach(), self._upper
+            self.lower.detach(),
+            self.penalty_sum.detach(),
+            upper=self._upper,
+            inner=self._inner,
+            known_inner=None if known is None else known.detach(),
         )
 
 
 class Importances(Mapping[str, SiteImportances]):
-    """Site name → :class:`SiteImportances`; ``positions`` is the number N they cover."""
+    """Site name → :class:`SiteImportances`; ``positions`` is the number N of the batch's positions
+    (the most that a site saw)."""
 
-    def __init__(self, sites: dict[str, SiteImportances], positions: int) -> None:
+    def __init__(self, sites: dict[str, SiteImportances]) -> None:
         self._sites = sites
-        self.positions = positions
+        self.positions = max((site.positions for site in sites.values()), default=0)
 
     def detach(self) -> Importances:
         """The same numbers without gradients."""
-        return Importances({n: s.detach() for n, s in self._sites.items()}, self.positions)
+        return Importances({n: s.detach() for n, s in self._sites.items()})
 
     def __getitem__(self, name: str) -> SiteImportances:
         return self._sites[name]

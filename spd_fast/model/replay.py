@@ -6,7 +6,7 @@ finishes before s is called gives its clean output again, so it need not compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
@@ -17,13 +17,15 @@ __all__ = ["overridden_forwards", "prefixes"]
 
 
 @contextmanager
-def overridden_forwards(target: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Any:
-    """Let the named submodules compute something else for a while, without touching their state."""
-    modules = [(target.get_submodule(name), forward) for name, forward in forwards.items()]
+def overridden_forwards(
+    modules: Mapping[str, nn.Module], forwards: Mapping[str, Callable[..., Any]]
+) -> Any:
+    """Let the named modules compute something else for a while, without touching their state."""
+    overridden = [(modules[name], forward) for name, forward in forwards.items()]
     # A module may carry a forward of its own already (as other libraries' hooks do): it comes back.
-    before = [(module, module.__dict__.get("forward")) for module, _ in modules]
+    before = [(module, module.__dict__.get("forward")) for module, _ in overridden]
     try:
-        for module, forward in modules:
+        for module, forward in overridden:
             object.__setattr__(module, "forward", forward)
         yield
     finally:
@@ -40,13 +42,14 @@ def _is_tensors(output: Any) -> TypeGuard[Tensor | tuple[Tensor, ...]]:
 
 
 def prefixes(
-    target: nn.Module, sites: Collection[str], run: Callable[[], Any]
+    modules: Mapping[str, nn.Module], sites: Mapping[str, str], run: Callable[[], Any]
 ) -> dict[str, tuple[str, ...]]:
-    """Site → the largest submodules that finish before it is called, in their order.
+    """Site → the largest modules that finish before it is called, in their order.
 
-    ``run()`` is a forward of the target; it is observed once. Left out: modules that are called
-    several times, that hold no parameters or buffers (as cheap to compute as to keep), whose
-    output is not made of tensors, or is written to afterwards.
+    ``modules`` are the target's by path, ``sites`` the paths of the sites' modules. ``run()`` is a
+    forward of the target; it is observed once. Left out: modules that are called several times,
+    that hold no parameters or buffers (as cheap to compute as to keep), whose output is not made of
+    tensors, or is written to afterwards.
     """
     clock = 0
     began: dict[str, int] = {}
@@ -75,26 +78,26 @@ def prefixes(
 
     with ExitStack() as stack:
         everything = {
-            name: observe(name, module.forward) for name, module in target.named_modules() if name
+            name: observe(name, module.forward) for name, module in modules.items() if name
         }
-        stack.enter_context(overridden_forwards(target, everything))
+        stack.enter_context(overridden_forwards(modules, everything))
         stack.enter_context(torch.no_grad())
         run()
 
-    modules = dict(target.named_modules())
+    own = set(sites.values())
     usable = [
         name
         for name in sorted(ended, key=ended.__getitem__)
         if name not in unusable
         and (
-            name in sites
+            name in own
             or any(True for _ in (*modules[name].parameters(), *modules[name].buffers()))
         )
         and all(t._version == version for t, version in outputs[name])
     ]
     result = {}
-    for site in sites:
-        before = [n for n in usable if site in began and ended[n] < began[site]]
+    for site, path in sites.items():
+        before = [n for n in usable if path in began and ended[n] < began[path]]
         inside = {n for n in before for outer in before if n.startswith(outer + ".")}
         result[site] = tuple(n for n in before if n not in inside)
     return result

@@ -8,6 +8,7 @@ from spd_fast.targets.build import (
     train_target,
 )
 from spd_fast.targets.data import SparseFeatures
+from spd_fast.targets.hf import load_hf
 from spd_fast.targets.resid_mlp import ResidMLP
 from spd_fast.targets.tms import TMS
 
@@ -16,6 +17,7 @@ __all__ = [
     "ResidMLP",
     "SparseFeatures",
     "feature_data",
+    "load_hf",
     "load_target",
     "make_target",
     "save_target",

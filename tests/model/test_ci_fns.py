@@ -66,7 +66,7 @@ def test_the_seed_decides_the_weights():
 
 
 def test_an_unknown_kind_is_an_error():
-    with pytest.raises(UserError, match="unknown ci_fn 'mpl'; known: mlp, linear"):
+    with pytest.raises(UserError, match="unknown ci_fn 'mpl'; nearest: 'mlp'"):
         gate("mpl")
 
 

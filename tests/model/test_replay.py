@@ -8,11 +8,12 @@ from torch import nn
 
 from spd_fast.model import DecomposedModel, Given
 from spd_fast.model.replay import overridden_forwards, prefixes
+from spd_fast.model.sites import submodules
 from tests.toys import Net, batch
 
 
 def before(target, *sites):
-    return prefixes(target, sites, lambda: target(batch(1)))
+    return prefixes(submodules(target), {s: s for s in sites}, lambda: target(batch(1)))
 
 
 class Residual(Net):
@@ -130,7 +131,7 @@ def test_a_site_that_is_never_called_has_nothing_before_it():
 
 def test_an_overridden_forward_lasts_as_long_as_its_block():
     net = Net()
-    with overridden_forwards(net, {"head": lambda x: x * 0}):
+    with overridden_forwards({"head": net.head}, {"head": lambda x: x * 0}):
         assert not net(batch(1)).any()
     assert net(batch(1)).any()
     assert "forward" not in net.head.__dict__

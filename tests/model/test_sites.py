@@ -65,7 +65,7 @@ def test_no_match_lists_the_closest_names_with_shapes():
 
 
 def test_a_module_that_is_no_linear_layer_is_named_with_its_kind():
-    with pytest.raises(UserError, match=r"'blocks.0' is a Block; only nn.Linear"):
+    with pytest.raises(UserError, match=r"site 'blocks.0' \(Block\) cannot be decomposed"):
         resolve_sites(Net(), {"blocks.0": 3})
 
 
