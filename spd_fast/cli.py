@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import warnings
@@ -13,6 +15,9 @@ import typer
 from spd_fast.errors import UserError
 
 __all__ = ["app", "main"]
+
+# What a disk can do to a correct command; every other OSError is about a path that was given.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 # Some versions of typer carry click inside, others import it: this is its base error in both.
 _UsageError: type[Exception] = next(
@@ -32,6 +37,25 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda whe
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda.")]
 Folder = Annotated[Path, typer.Argument(help="A run's folder.")]
 # Typer reads annotations at import: X | None needs no future import from Python 3.10 on.
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import spd_fast
+
+        print(spd_fast.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    # Not the docstring: that would replace the help text above.
+    del version
 
 
 @app.command()
@@ -86,6 +110,8 @@ def run(
         raise UserError("--jobs goes with --seeds")
     config = parse_config(set_keys(experiments.recipe(experiment), changes))
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
+    if not quiet:
+        print(f"{config.name}, seed {config.seed}: {config.steps:,} steps, into {folder}")
     _extension.keep_freed_memory()
     finished = experiments.run(
         config, folder, device=device, backend=backend, resume=resume, quiet=quiet
@@ -130,7 +156,7 @@ def table(
     markdown: Annotated[bool, typer.Option(help="For a document.")] = False,
 ) -> None:
     """Print the paper's Table 1 next to these runs."""
-    from spd_fast.experiments.runs import read_evaluation
+    from spd_fast.experiments.records import read_evaluation
     from spd_fast.report import results_table
 
     print(results_table([read_evaluation(folder) for folder in folders], markdown=markdown))
@@ -151,6 +177,8 @@ def _warn(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: exit status 0, or 2 with one line for a mistake of the user's."""
     warnings.showwarning = _warn
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # ± must not end a run on an old terminal
     try:
         given = sys.argv[1:] if arguments is None else arguments
         status = app(given or ["--help"], prog_name="spd-fast", standalone_mode=False)
@@ -167,7 +195,14 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(f"{error}; checkpoints written before are kept, `--resume` continues", 1)
+        if error.errno in _DISK_ERRORS:
+            _fail(f"{error}; checkpoints written before are kept, `--resume` continues", 1)
+        _fail(str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for it on a GPU only.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail(f"not enough memory: {error or 'use a smaller batch or fewer components'}", 2)
     sys.exit(status if isinstance(status, int) else 0)
 
 

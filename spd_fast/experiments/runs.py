@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 import spd_fast
 from spd_fast import backends, targets
-from spd_fast._files import write_bytes
+from spd_fast._files import alone_in, write_bytes
 from spd_fast.errors import UserError
 from spd_fast.evaluate import (
     MECHANISM_COSINE,
@@ -34,6 +35,7 @@ from spd_fast.evaluate import (
     reconstruction,
 )
 from spd_fast.experiments.recipes import expected_sites
+from spd_fast.experiments.records import read_evaluation, read_metrics
 from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
@@ -50,17 +52,12 @@ __all__ = [
     "environment",
     "evaluate_run",
     "load_run",
-    "read_evaluation",
     "run",
 ]
 
 EVALUATION_BATCH = 8192
 # A residual MLP is recovered where its components' neuron contributions agree this well, too.
 MIN_NEURON_R2 = 0.99
-# What an eval.json must hold to be shown beside others.
-REQUIRED = {
-    "name", "seed", "recovered", "target_represents_all_features", "sites", "steps", "seconds",
-}  # fmt: skip
 
 
 @dataclass
@@ -81,13 +78,7 @@ class Run:
         Raises:
             UserError: a line that cannot be read.
         """
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); `run … --resume` mends it") from None
+        return read_metrics(self.folder)
 
     def evaluation(self) -> dict[str, Any]:
         """What eval.json holds."""
@@ -96,22 +87,6 @@ class Run:
 
 def _device_of(model: DecomposedModel) -> torch.device:
     return next(model.parameters()).device
-
-
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    """A run's eval.json.
-
-    Raises:
-        UserError: absent or unreadable.
-    """
-    try:
-        evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} holds no finished run ({reason})") from None
-    if not isinstance(evaluation, dict) or not REQUIRED.issubset(evaluation):
-        raise UserError(f"{folder / 'eval.json'} is not the evaluation of a run")
-    return evaluation
 
 
 def check_device(device: str | None, backend: str | None) -> torch.device:
@@ -170,28 +145,33 @@ def run(
     """
     chosen = check_device(device, backend)
     _check_out(out, config, resume)
-    trained = _trained_target(config, out)
-    # Until everything is checked, an untrained network stands in for a target still to be trained.
-    target = targets.make_target(config.target, config.seed) if trained is None else trained
-    trainer = _trainer(config, target.to(chosen), out, backend, quiet)
-    _try_forwards(trainer)
-    resumed = resume and trained is not None and trainer.resume()
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_bytes(out / "config.yaml", config.to_yaml().encode())
-    write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
-    if trained is None:
-        target = _train_target(config, out / "target", quiet)
+    with ExitStack() as locks:
+        if out.is_dir():
+            locks.enter_context(alone_in(out))
+        trained = _trained_target(config, out)
+        # An untrained network stands in for a target still to be trained until all is checked.
+        target = targets.make_target(config.target, config.seed) if trained is None else trained
         trainer = _trainer(config, target.to(chosen), out, backend, quiet)
-        resumed = resume and trainer.resume()
-    elif config.target.path is not None:
-        targets.save_target(target, config.target, out / "target")
-    if resumed and not quiet:
-        say(f"resuming at step {trainer.step} of {config.steps}")
-    trainer.fit()
-    trainer.model.save_pretrained(out)
-    finished = Run(out, config, trainer.model)
-    evaluate_run(finished)
+        _try_forwards(trainer)
+        resumed = resume and trained is not None and trainer.resume()
+
+        if not out.is_dir():
+            out.mkdir(parents=True)
+            locks.enter_context(alone_in(out))
+        write_bytes(out / "config.yaml", config.to_yaml().encode())
+        write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        if trained is None:
+            target = _train_target(config, out / "target", quiet)
+            trainer = _trainer(config, target.to(chosen), out, backend, quiet)
+            resumed = resume and trainer.resume()
+        elif config.target.path is not None:
+            targets.save_target(target, config.target, out / "target")
+        if resumed and not quiet:
+            say(f"resuming at step {trainer.step} of {config.steps}")
+        trainer.fit()
+        trainer.model.save_pretrained(out)
+        finished = Run(out, config, trainer.model)
+        evaluate_run(finished, trained_here=True)
     return finished
 
 
@@ -232,9 +212,7 @@ def _trained_target(config: Config, out: Path) -> nn.Module | None:
 
 def _train_target(config: Config, folder: Path, quiet: bool) -> nn.Module:
     with Progress("train target", config.target.steps, quiet=quiet) as progress:
-        target, losses = targets.train_target(
-            config.target, config.seed, lambda done: progress.update(done, "training the target")
-        )
+        target, losses = targets.train_target(config.target, config.seed, progress.update)
     targets.save_target(target, config.target, folder)
     write_bytes(folder / "losses.json", json.dumps(losses).encode())
     return target
@@ -303,8 +281,25 @@ def contributions(run: Run) -> NeuronContributions | None:
     return neuron_contributions(run.model)
 
 
-def evaluate_run(run: Run) -> dict[str, Any]:
-    """Evaluate the run's model against the known mechanisms and write eval.json."""
+def _trained_where(run: Run, here: bool) -> dict[str, Any]:
+    """Memory, backend and device of the training: this process, or what eval.json has kept."""
+    keys = ("peak_memory_mb", "backend", "device")
+    if not here:
+        try:
+            before = read_evaluation(run.folder)
+            return {key: before[key] for key in keys}
+        except UserError:
+            pass
+    device = _device_of(run.model)
+    backend = backends.name_for(run.model.backend, device)
+    return dict(zip(keys, (_peak_memory_mb(device), backend, str(device)), strict=True))
+
+
+def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
+    """Evaluate the run's model against the known mechanisms and write eval.json.
+
+    ``trained_here``: this process trained it, so its memory, backend and device are the run's.
+    """
     config, model = run.config, run.model
     device = _device_of(model)
     features = config.target.features
@@ -362,9 +357,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "steps": metrics[-1]["step"] if metrics else 0,
         "seconds": seconds,
         "ms_per_step": 1e3 * seconds / max(steps[-1], 1),
-        "peak_memory_mb": _peak_memory_mb(device),
-        "backend": backends.name_for(model.backend, device),
-        "device": str(device),
+        **_trained_where(run, trained_here),
         "seed": config.seed,
     }
     write_bytes(run.folder / "eval.json", (json.dumps(result, indent=2) + "\n").encode())

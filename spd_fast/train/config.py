@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from spd_fast.errors import UserError, nearest
@@ -58,6 +60,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "losses": {"faithfulness": 0.0},
     },
 }
+
+
+def _plain_name(value: str) -> str:
+    # It becomes a folder's name and a page's title.
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", value):
+        raise PydanticCustomError(
+            "name", "input should be one word of letters, digits and _ . + -, at most 100 long"
+        )
+    return value
 
 
 class TMSTarget(Strict):
@@ -148,7 +159,7 @@ class TrainConfig(LoopConfig):
 class Config(TrainConfig):
     """A whole run: target, sites, model and training."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_plain_name)]
     preset: Annotated[Literal["paper", "2026"], NAME]
     target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
     sites: Annotated[dict[str, Count], Field(min_length=1)]
@@ -216,7 +227,8 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"missing key {name!r}"
     given = first.get("input")
-    shown = "" if isinstance(given, Mapping) else f", got {given!r}"
+    # A shortened repr: a few lines of YAML can stand for a value of astronomical size.
+    shown = "" if isinstance(given, Mapping) else f", got {reprlib.repr(given)}"
     return f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{shown}"
 
 

@@ -12,11 +12,19 @@ from tqdm import tqdm
 __all__ = ["Progress"]
 
 
+# Seconds until the first line; the pause between lines as a share of the time gone by, and the
+# longest there is, in seconds.
+FIRST_LINE = 1.0
+SPREAD = 0.05
+LONGEST_SILENCE = 600.0
+
+
 class Progress:
     """``with Progress("decompose", total) as p: p.update(done, "loss 1e-3")``.
 
-    In a terminal a tqdm bar with rate and ETA; otherwise one line at most every ``interval``
-    seconds and one at the end.
+    In a terminal a tqdm bar with rate and ETA; otherwise plain lines: the first after a second, one
+    at the end, and between them at most one every ``interval`` seconds, further apart as the loop
+    goes on, so that the log of a day has a few hundred.
     """
 
     def __init__(
@@ -39,22 +47,25 @@ class Progress:
                 mininterval=0.2, smoothing=0.05,
                 leave=None,  # a bar below another one goes away when it is done
             )  # fmt: skip
-        self.began = self.said = time.perf_counter()
+        self.text = ""
+        self.began = time.perf_counter()
+        self.next_line = self.began + FIRST_LINE
 
     def update(self, done: int, text: str = "") -> None:
-        """``done`` steps of ``total`` are finished; ``text`` is shown beside them."""
+        """``done`` steps of ``total`` are finished; ``text``, or the last one, is shown beside."""
+        self.text = text or self.text
         if self.bar is not None:
             if text:
                 self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.done)
         self.done = done
         now = time.perf_counter()
-        due = done >= self.total or now - self.said >= self.interval
-        if self.bar is None and not self.quiet and due and text:
-            self.said = now
-            remaining = (now - self.began) / max(done - self.start, 1) * (self.total - done)
-            eta = tqdm.format_interval(remaining)
-            print(f"{self.label}: {done}/{self.total}  ETA {eta}  {text}", file=self.file)
+        if self.bar is None and not self.quiet and (done >= self.total or now >= self.next_line):
+            elapsed = now - self.began
+            self.next_line = now + min(max(self.interval, SPREAD * elapsed), LONGEST_SILENCE)
+            remaining = elapsed / max(done - self.start, 1) * (self.total - done)
+            line = f"{self.label}: {done}/{self.total}  ETA {tqdm.format_interval(remaining)}"
+            print(f"{line}  {self.text}".rstrip(), file=self.file)
             self.file.flush()
 
     def __enter__(self) -> Progress:

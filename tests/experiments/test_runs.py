@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from spd_fast import targets
 from spd_fast.errors import UserError
 from spd_fast.experiments import Run, evaluate_run, load_run, run
-from spd_fast.experiments.runs import check_device, environment, read_evaluation
+from spd_fast.experiments.records import read_evaluation
+from spd_fast.experiments.runs import check_device, environment
 from spd_fast.model import DecomposedModel
 from spd_fast.train import load_config, parse_config
 from tests.conftest import needs_extension
@@ -102,7 +103,8 @@ def test_the_evaluation_holds_what_it_should(finished):
 
 
 def test_seconds_are_the_steps_times_their_milliseconds(copied):
-    lines = [{"step": s, "ms_per_step": ms} for s, ms in ((8, 2.0), (16, 3.0), (20, 5.0))]
+    rest = {"lr": 1e-3, "p": 1.0, "losses": {}, "l0": {}, "live": {}}
+    lines = [rest | {"step": s, "ms_per_step": ms} for s, ms in ((8, 2.0), (16, 3.0), (20, 5.0))]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     found = evaluate_run(load_run(copied))
     assert found["seconds"] == pytest.approx(0.016 + 0.024 + 0.02)

@@ -1,0 +1,97 @@
+"""What a run's eval.json and metrics.jsonl hold, checked when they are read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from spd_fast.errors import UserError
+
+__all__ = ["read_evaluation", "read_metrics"]
+
+
+class _Site(BaseModel):
+    mmcs: float
+    mmcs_std: float
+    ml2r: float
+    ml2r_std: float
+    components: int
+    live_components: int
+    expected: tuple[str, int] | None
+    ci_error: int | None
+    l0: float
+    faithfulness: float
+    relative_error: float
+
+
+class _Evaluation(BaseModel):
+    name: str
+    recovered: bool
+    target_represents_all_features: bool
+    features_not_represented: list[int]
+    sites: dict[str, _Site] = Field(min_length=1)
+    reconstruction: dict[str, float]
+    steps: int
+    seconds: float
+    ms_per_step: float
+    peak_memory_mb: float
+    backend: str
+    device: str
+    seed: int
+
+
+class _MetricsLine(BaseModel):
+    step: int
+    lr: float
+    p: float
+    losses: dict[str, float]
+    l0: dict[str, float]
+    live: dict[str, int]
+    ms_per_step: float
+
+
+def _check(data: Any, kind: type[BaseModel], what: str) -> None:
+    try:
+        kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise UserError(f"{what} ({where}: {first['msg'].lower()})") from None
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """A run's eval.json.
+
+    Raises:
+        UserError: absent, unreadable, or not what an evaluation writes.
+    """
+    path = folder / "eval.json"
+    try:
+        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no finished run ({reason})") from None
+    _check(evaluation, _Evaluation, f"{path} is not the evaluation of a run")
+    return evaluation
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where there is no such file.
+
+    Raises:
+        UserError: a line that cannot be read, or is not what training writes.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    advice = "`run … --resume` mends what a kill cut off"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {advice}") from None
+    for number, line in enumerate(lines, start=1):
+        _check(line, _MetricsLine, f"{path} is damaged in line {number}; {advice}")
+    return lines
