@@ -16,6 +16,7 @@ from spd_fast.errors import UserError
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
 # What a disk can do to a correct command; every other OSError is about a path that was given.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -110,8 +111,6 @@ def run(
         raise UserError("--jobs goes with --seeds")
     config = parse_config(set_keys(experiments.recipe(experiment), changes))
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
-    if not quiet:
-        print(f"{config.name}, seed {config.seed}: {config.steps:,} steps, into {folder}")
     _extension.keep_freed_memory()
     finished = experiments.run(
         config, folder, device=device, backend=backend, resume=resume, quiet=quiet
@@ -187,8 +186,6 @@ def main(arguments: list[str] | None = None) -> None:
     except _UsageError as error:
         message = error.format_message()  # type: ignore[attr-defined]
         _fail(f"{message} (see `spd-fast --help`)", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; `--resume` continues from the last checkpoint", 130)
     except BrokenPipeError:  # the reader of our output went away: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -203,6 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         _fail(f"not enough memory: {error or 'use a smaller batch or fewer components'}", 2)
+    if status == INTERRUPTED:  # typer makes this of a KeyboardInterrupt
+        _fail("interrupted; `--resume` continues from the last checkpoint", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from spd_fast._files import sync_folder, write_bytes
+from spd_fast import UserError
+from spd_fast._files import alone_in, sync_folder, write_bytes
 
 
 def test_a_file_holds_what_was_written(tmp_path):
@@ -48,3 +49,23 @@ def test_a_folder_can_be_flushed(tmp_path):
 def test_a_folder_that_is_missing_cannot_be_flushed(tmp_path):
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "none")
+
+
+fcntl = pytest.importorskip("fcntl")
+
+
+def test_two_are_not_alone_in_a_folder(tmp_path):
+    other = alone_in(tmp_path)
+    with alone_in(tmp_path), pytest.raises(UserError, match="another process is working in"):
+        other.__enter__()
+    with alone_in(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with alone_in(tmp_path):
+        pass

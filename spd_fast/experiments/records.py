@@ -71,9 +71,10 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / "eval.json"
     try:
         evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} holds no finished run ({reason})") from None
+    except OSError as error:
+        raise UserError(f"{folder} holds no finished run ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); `spd-fast eval` makes it again") from None
     _check(evaluation, _Evaluation, f"{path} is not the evaluation of a run")
     return evaluation
 

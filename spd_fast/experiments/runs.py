@@ -226,7 +226,10 @@ def load_run(folder: Path, *, device: str | None = None, backend: str | None = N
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} holds no run (no config.yaml)")
-    config = parse_config(load_config(folder / "config.yaml"))
+    try:
+        config = parse_config(load_config(folder / "config.yaml"))
+    except UserError as error:
+        raise UserError(f"{folder} holds no run: {error}") from None
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"the run in {folder} is not finished: continue it with `run … --resume`")
     chosen = check_device(device, backend)

@@ -216,6 +216,11 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
 _TAGS = ("tms", "resid_mlp", "number", "mapping")
 
 
+# For error messages: a few lines of YAML can stand for a value of astronomical size.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxlong = 2, 3, 80, 80
+
+
 def _one_line(error: ValidationError) -> str:
     # A mistyped key or no preset is often why others are missing: it comes first.
     first = min(error.errors(), key=lambda e: e["type"] == "missing" and e["loc"] != ("preset",))
@@ -227,8 +232,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"missing key {name!r}"
     given = first.get("input")
-    # A shortened repr: a few lines of YAML can stand for a value of astronomical size.
-    shown = "" if isinstance(given, Mapping) else f", got {reprlib.repr(given)}"
+    shown = "" if isinstance(given, Mapping) else f", got {_SHORT.repr(given)}"
     return f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{shown}"
 
 

@@ -418,7 +418,7 @@ def test_a_run_with_a_changed_target_cannot_be_opened(copied):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "tms_5-2"}', "{"])
 def test_an_evaluation_that_is_none_is_an_error(tmp_path, text):
     (tmp_path / "eval.json").write_text(text)
-    with pytest.raises(UserError, match=r"holds no finished run|is not the evaluation of a run"):
+    with pytest.raises(UserError, match=r"eval.json is (damaged|not the evaluation)"):
         read_evaluation(tmp_path)
 
 

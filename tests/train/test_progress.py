@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 
@@ -22,13 +23,24 @@ def clock(monkeypatch):
     return now
 
 
-def test_lines_come_at_most_every_interval(clock):
+def lines(clock, seconds: int, interval: float) -> list[int]:
+    """The seconds at which a loop of one step a second says something."""
     file = io.StringIO()
-    with Progress("train", 100, file=file, interval=10) as progress:
-        for done in range(1, 31):
+    with Progress("train", seconds + 1, file=file, interval=interval) as progress:
+        for done in range(1, seconds + 1):
             clock[0] = done
             progress.update(done, f"loss {done}")
-    assert [line.split("loss ")[1] for line in file.getvalue().splitlines()] == ["10", "20", "30"]
+    return [int(line.split("loss ")[1]) for line in file.getvalue().splitlines()]
+
+
+def test_the_first_line_comes_after_a_second_and_then_one_every_interval(clock):
+    assert lines(clock, 40, interval=10) == [1, 11, 21, 31]
+
+
+def test_a_day_has_a_few_hundred_lines(clock):
+    said = lines(clock, 24 * 60 * 60, interval=15)
+    assert 100 < len(said) < 300
+    assert max(b - a for a, b in itertools.pairwise(said)) == 600
 
 
 def test_a_line_tells_steps_eta_and_text(clock):
@@ -55,12 +67,16 @@ def test_the_last_step_always_has_its_line(clock):
     assert file.getvalue().splitlines() == ["train: 3/3  ETA 00:00  loss 3"]
 
 
-def test_steps_without_text_have_no_line(clock):
+def test_steps_without_text_show_the_last_one(clock):
     file = io.StringIO()
-    with Progress("train", 3, file=file) as progress:
-        clock[0] = 100
-        progress.update(3)
-    assert file.getvalue() == ""
+    with Progress("train", 30, file=file, interval=1) as progress:
+        for done, text in ((10, ""), (20, "loss 1"), (30, "")):
+            clock[0] += 10
+            progress.update(done, text)
+    assert file.getvalue().splitlines() == [
+        "train: 10/30  ETA 00:20", "train: 20/30  ETA 00:10  loss 1",
+        "train: 30/30  ETA 00:00  loss 1",
+    ]  # fmt: skip
 
 
 def test_lines_have_no_control_characters(clock):
