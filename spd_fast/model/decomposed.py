@@ -442,18 +442,36 @@ class DecomposedModel(SiteModel):
 
         save_pretrained(self, folder)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the same to a repository of the Hugging Face hub; its address.
+
+        ``options``: ``private``, ``token``, ``commit_message``.
+
+        Raises:
+            UserError: huggingface_hub is not installed, or the hub refuses.
+        """
+        from spd_fast.model.pretrained import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
     @staticmethod
     def from_pretrained(
-        folder: str | Path, target: nn.Module, *, backend: str | None = None
+        source: str | Path,
+        target: nn.Module | str | Path | None = None,
+        *,
+        revision: str | None = None,
+        backend: str | None = None,
+        **options: Any,
     ) -> DecomposedModel:
-        """What :meth:`save_pretrained` wrote, on the same target.
+        """What :meth:`save_pretrained` or :meth:`push_to_hub` wrote, on the same target; None loads
+        the Hugging Face model that it names. ``options``: ``output``, ``adapter``.
 
         Raises:
             UserError: nothing readable there, or a target with other weights.
         """
         from spd_fast.model.pretrained import load_pretrained
 
-        return load_pretrained(folder, target, backend=backend)
+        return load_pretrained(source, target, revision=revision, backend=backend, **options)
 
     def faithfulness(self) -> dict[str, Tensor]:
         """Site name → ‖W − (V U)ᵀ‖²."""
