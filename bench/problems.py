@@ -217,8 +217,8 @@ def step_trainer(
         target.tie()
     model = DecomposedModel(
         target, config.sites, ci_fn=config.ci_fn, ci_hidden=config.ci_hidden,
-        sigmoid=config.sigmoid, init=config.init, delta=config.delta, seed=SEED,
-        backend="reference" if provider == "compile" else provider,
+        sigmoid=config.sigmoid, gate_eval=config.gate_eval, init=config.init, delta=config.delta,
+        seed=SEED, backend="reference" if provider == "compile" else provider,
     )  # fmt: skip
     size = batch or config.batch_size
     data = targets.feature_data(config.target, size, SEED, "decompose", device)

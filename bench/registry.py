@@ -67,13 +67,18 @@ class Operation:
     backward: str
 
 
-def _gate(t: Tensors, backend: str) -> dict[str, Tensor]:
+def _gate(t: Tensors, backend: str, gate_eval: ops.GateEval = "exact") -> dict[str, Tensor]:
     weights = [t["w_in"].unsqueeze(1), t["w_out"].unsqueeze(2)]
     biases = [t["b_in"], t["b_out"].unsqueeze(1)]
     out = ops.gate(
-        t["x"], t["V"], weights, biases, sigmoid=SIGMOID, penalty=PENALTY, backend=backend
-    )
+        t["x"], t["V"], weights, biases, sigmoid=SIGMOID, penalty=PENALTY, gate_eval=gate_eval,
+        backend=backend,
+    )  # fmt: skip
     return out._asdict()
+
+
+def _gate_interpolated(t: Tensors, backend: str) -> dict[str, Tensor]:
+    return _gate(t, backend, "interpolated")
 
 
 def _masked(t: Tensors, inner: Tensor, lower: Tensor, delta: bool, backend: str) -> Tensor:
@@ -105,6 +110,7 @@ def _layer(t: Tensors, backend: str) -> dict[str, Tensor]:
 GATE = "x V w_in b_in w_out b_out"
 OPERATIONS: dict[str, Operation] = {
     "gate": Operation(_gate, GATE, "x V", "xᵀ h̄, h̄ Vᵀ"),
+    "gate_interpolated": Operation(_gate_interpolated, GATE, "x V", "xᵀ h̄, h̄ Vᵀ"),
     "component_linear": Operation(_component_linear, "inner U lower bias", "a U", "ȳ Uᵀ, aᵀ ȳ"),
     "component_linear_delta": Operation(
         _component_linear_delta, "x inner U lower bias", "a U, x Wᵀ", "ȳ Uᵀ, aᵀ ȳ, ȳ W"

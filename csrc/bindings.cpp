@@ -205,6 +205,7 @@ void check_site(const Tensor& x, const Tensor& V) {
   TORCH_CHECK_VALUE(V.size(0) > 0 && V.size(1) > 0, "V has shape ", V.sizes(), "; both sizes must be at least 1");
 }
 
+template <bool interpolated>
 std::tuple<Tensor, Tensor, Tensor> gate_forward(const Tensor& x_in, const Tensor& V_in, const Tensor& w_in,
                                                 const Tensor& b_in, const Tensor& w_out, const Tensor& b_out,
                                                 const std::string& sigmoid, const std::string& penalty, double power,
@@ -220,12 +221,15 @@ std::tuple<Tensor, Tensor, Tensor> gate_forward(const Tensor& x_in, const Tensor
   const Tensor sums = at::empty({components}, x.options());
   in_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    spd::kernels<T>().gate_forward(host<T>(), {rows, x.size(1), components, row_matrix<T>(x), matrix<T>(V),
-                                               gate.as<T>(), output<T>(inner), output<T>(lower), output<T>(sums)});
+    const auto& table = spd::kernels<T>();
+    const auto kernel = interpolated ? table.gate_interpolated_forward : table.gate_forward;
+    kernel(host<T>(), {rows, x.size(1), components, row_matrix<T>(x), matrix<T>(V), gate.as<T>(), output<T>(inner),
+                       output<T>(lower), output<T>(sums)});
   });
   return {inner, lower, sums};
 }
 
+template <bool interpolated>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_backward(
     const OptTensor& grad_inner_in, const OptTensor& grad_lower_in, const OptTensor& grad_penalty_in,
     const Tensor& x_in, const Tensor& V_in, const Tensor& inner_in, const Tensor& w_in, const Tensor& b_in,
@@ -255,11 +259,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_backward(
   const Tensor grad_b_out = at::empty({components}, options);
   in_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    spd::kernels<T>().gate_backward(
-        host<T>(), {rows, d_in, components, pointer<T>(grad_inner), pointer<T>(grad_lower), pointer<T>(grad_penalty),
-                    row_matrix<T>(x), matrix<T>(V), pointer<T>(inner), gate.as<T>(), output<T>(grad_x),
-                    output<T>(grad_V), output<T>(grad_w_in), output<T>(grad_b_in), output<T>(grad_w_out),
-                    output<T>(grad_b_out)});
+    const auto& table = spd::kernels<T>();
+    const auto kernel = interpolated ? table.gate_interpolated_backward : table.gate_backward;
+    kernel(host<T>(), {rows, d_in, components, pointer<T>(grad_inner), pointer<T>(grad_lower),
+                       pointer<T>(grad_penalty), row_matrix<T>(x), matrix<T>(V), pointer<T>(inner), gate.as<T>(),
+                       output<T>(grad_x), output<T>(grad_V), output<T>(grad_w_in), output<T>(grad_b_in),
+                       output<T>(grad_w_out), output<T>(grad_b_out)});
   });
   return {grad_x, grad_V, grad_w_in, grad_b_in, grad_w_out, grad_b_out};
 }
@@ -502,12 +507,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   m.doc() = "Fused CPU kernels of spd_fast; called by spd_fast.ops, which holds the documentation.";
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("gate_forward", &gate_forward, release, py::arg("x"), py::arg("V"), py::arg("w_in"), py::arg("b_in"),
-        py::arg("w_out"), py::arg("b_out"), py::arg("sigmoid"), py::arg("penalty"), py::arg("power"), py::arg("eps"));
-  m.def("gate_backward", &gate_backward, release, py::arg("grad_inner"), py::arg("grad_lower"),
-        py::arg("grad_penalty"), py::arg("x"), py::arg("V"), py::arg("inner"), py::arg("w_in"), py::arg("b_in"),
-        py::arg("w_out"), py::arg("b_out"), py::arg("sigmoid"), py::arg("penalty"), py::arg("power"), py::arg("eps"),
-        py::arg("need_grad_x"));
+  const auto def_gate = [&](const char* forward_name, auto forward, const char* backward_name, auto backward) {
+    m.def(forward_name, forward, release, py::arg("x"), py::arg("V"), py::arg("w_in"), py::arg("b_in"),
+          py::arg("w_out"), py::arg("b_out"), py::arg("sigmoid"), py::arg("penalty"), py::arg("power"),
+          py::arg("eps"));
+    m.def(backward_name, backward, release, py::arg("grad_inner"), py::arg("grad_lower"), py::arg("grad_penalty"),
+          py::arg("x"), py::arg("V"), py::arg("inner"), py::arg("w_in"), py::arg("b_in"), py::arg("w_out"),
+          py::arg("b_out"), py::arg("sigmoid"), py::arg("penalty"), py::arg("power"), py::arg("eps"),
+          py::arg("need_grad_x"));
+  };
+  def_gate("gate_forward", &gate_forward<false>, "gate_backward", &gate_backward<false>);
+  def_gate("gate_interpolated_forward", &gate_forward<true>, "gate_interpolated_backward", &gate_backward<true>);
   m.def("component_linear_forward", &component_linear_forward, release, py::arg("x"), py::arg("inner"), py::arg("V"),
         py::arg("U"), py::arg("lower"), py::arg("source"), py::arg("key"), py::arg("draw"), py::arg("site"),
         py::arg("row_offset"), py::arg("binomial"), py::arg("delta"), py::arg("random_delta"), py::arg("weight"),

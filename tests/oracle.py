@@ -122,6 +122,56 @@ def gate_logits(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
     return torch.stack(columns, dim=1)
 
 
+def grid_spacing(w_in: Tensor, w_out: Tensor) -> float | None:
+    """The largest power of 2^¼, D ≤ 1, with D⁴/384 · 4 φ(0) Σ_j |o_j| w_j⁴ ≤ 5e-6, for one
+    component; None where it is below 2⁻²⁰."""
+    fourth = sum(abs(o) * w**4 for w, o in zip(w_in.tolist(), w_out.tolist(), strict=True))
+    spacing, quarters = 1.0, 0
+    while spacing**4 / 384 * 4 / math.sqrt(2 * math.pi) * fourth > 5e-6:
+        quarters -= 1
+        spacing = 2 ** (quarters / 4)
+    return spacing if spacing >= 2.0**-20 else None
+
+
+def interpolated_logits(
+    h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, list[bool]]:
+    """s [N, C] of gates with one hidden layer: every row's cubic Hermite piece from the values and
+    derivatives at the two multiples of D around it; and which components are interpolated."""
+    exact = gate_logits(h, weights, biases)
+    columns, interpolated = [], []
+    for c in range(h.shape[1]):
+        w, b, o = weights[0][c, 0], biases[0][c], weights[1][c, :, 0]
+        D = grid_spacing(w, o)
+        reach = torch.cat([h[:, c].detach().double(), torch.zeros(1).double()])
+        nodes = float("inf")
+        if D is not None and reach.isfinite().all():
+            nodes = math.floor(reach.max() / D) - math.floor(reach.min() / D) + 2
+        interpolated.append(D is not None and nodes <= min(h.shape[0] / 4, 2048))
+        if not interpolated[-1]:
+            columns.append(exact[:, c])
+            continue
+        assert D is not None
+        k = torch.floor(h[:, c].detach() / D)
+        t = h[:, c] / D - k
+
+        def value(x: Tensor, w: Tensor = w, b: Tensor = b, o: Tensor = o, c: int = c) -> Tensor:
+            return gelu(x[:, None] * w + b) @ o + biases[1][c, 0]
+
+        def slope(x: Tensor, w: Tensor = w, b: Tensor = b, o: Tensor = o) -> Tensor:
+            z = x[:, None] * w + b
+            density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+            return ((1 + torch.erf(z / math.sqrt(2))) / 2 + z * density) @ (o * w)
+
+        columns.append(
+            value(k * D) * (1 + 2 * t) * (1 - t) ** 2
+            + value(k * D + D) * t**2 * (3 - 2 * t)
+            + D * slope(k * D) * t * (1 - t) ** 2
+            - D * slope(k * D + D) * t**2 * (1 - t)
+        )
+    return torch.stack(columns, dim=1), interpolated
+
+
 def penalty_sums(upper: Tensor, kind: str, power: float, eps: float) -> Tensor:
     """S [C] = Σ over positions of ψ."""
     if kind == "none":
@@ -138,9 +188,12 @@ def gate(
     biases: Sequence[Tensor],
     sigmoid: str,
     penalty: tuple[str, float, float],
+    gate_eval: str = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = x @ V
     s = gate_logits(h, weights, biases)
+    if gate_eval == "interpolated":
+        s, _ = interpolated_logits(h, weights, biases)
     return (
         h,
         lower_importance(s, sigmoid),

@@ -83,20 +83,15 @@ static inline void gate_logits(const Gate<T>& gate, int64_t c, const T* h, T* s_
   for (int v = 0; v < NV; ++v) store(s_out + v * lanes, s[v]);
 }
 
-// One component over one strip of rows: lower importances out, the penalty's sum returned.
+// Lower importances of one strip of rows from its logits; the penalty's sum is returned.
 template <class T>
-static T gate_strip_forward(const Gate<T>& gate, int64_t c, const T* h, Rows r, T* lower) {
+static T write_importances(const Gate<T>& gate, const T* s_rows, Rows r, T* lower) {
   using Vec = typename Lanes<T>::Vec;
-  using Int = typename Lanes<T>::Int;
   constexpr int64_t lanes = Lanes<T>::count;
   const T at_zero = penalty_value(T(0), gate.penalty, gate.power, gate.eps);
-  const Int lane = iota<T>();
+  const auto lane = iota<T>();
   Vec sum{};
-  alignas(64) T s_rows[kBlock];
-  int64_t n = 0;
-  for (; n + 4 * lanes <= r.padded; n += 4 * lanes) gate_logits<T, 4>(gate, c, h + n, s_rows + n);
-  for (; n < r.padded; n += lanes) gate_logits<T, 1>(gate, c, h + n, s_rows + n);
-  for (n = 0; n < r.padded; n += lanes) {
+  for (int64_t n = 0; n < r.padded; n += lanes) {
     const Vec s = load<Vec>(s_rows + n);
     store(lower + n, lower_sigmoid<T>(s, gate.sigmoid));
     if (gate.penalty != Penalty::none) {
@@ -105,6 +100,17 @@ static T gate_strip_forward(const Gate<T>& gate, int64_t c, const T* h, Rows r, 
     }
   }
   return sum_lanes(sum);
+}
+
+// One component over one strip of rows: lower importances out, the penalty's sum returned.
+template <class T>
+static T gate_strip_forward(const Gate<T>& gate, int64_t c, const T* h, Rows r, T* lower) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  alignas(64) T s_rows[kBlock];
+  int64_t n = 0;
+  for (; n + 4 * lanes <= r.padded; n += 4 * lanes) gate_logits<T, 4>(gate, c, h + n, s_rows + n);
+  for (; n < r.padded; n += lanes) gate_logits<T, 1>(gate, c, h + n, s_rows + n);
+  return write_importances(gate, s_rows, r, lower);
 }
 
 // Components [c0, c0 + count) of one block of rows, h at `inner`.
@@ -134,7 +140,7 @@ static void gate_forward(const Host<T>& host, const GateForward<T>& a) {
   Scratch<T> shared(Scratch<T>::padded(blocks * a.components) + Scratch<T>::padded(panel_size(a.components, a.d_in)));
   T* partial = shared.take(blocks * a.components);
 
-  if (large_site(host, a.d_in, a.components)) {
+  if (large_gate(host, a.d_in, a.components)) {
     const int64_t chunk = component_chunk<T>(a.rows, a.components);
     for (int64_t c0 = 0; c0 < a.components; c0 += chunk) {
       const int64_t count = smaller(chunk, a.components - c0);
@@ -174,6 +180,29 @@ static void gate_forward(const Host<T>& host, const GateForward<T>& a) {
     });
   }
   finish_penalty(host, a, partial, blocks);
+}
+
+// The gradient of a component's penalty sum.
+template <class T>
+struct PenaltyBar {
+  T grad, slope_at_zero;
+  bool on;
+  PenaltyBar(const Gate<T>& gate, T grad_sum)
+      : grad(grad_sum), slope_at_zero(0), on(gate.penalty != Penalty::none && grad_sum != T(0)) {
+    if (on) slope_at_zero = penalty_slope(T(0), gate.penalty, gate.power, gate.eps);
+  }
+};
+
+// The gradient of the logits s from that of the lower importances and of the penalty's sum.
+template <class T, class V>
+SPD_HD V logit_gradient(const Gate<T>& gate, V s, V grad_lower, const PenaltyBar<T>& penalty) {
+  V s_bar = lower_sigmoid_backward<T>(s, grad_lower, gate.sigmoid);
+  if (penalty.on) {
+    const V psi = penalty.grad * penalty_slope_vec<T>(upper_sigmoid<T>(s), gate, penalty.slope_at_zero);
+    const V slope = upper_sigmoid_slope<T>(s);
+    s_bar += slope == V{} ? V{} : psi * slope;
+  }
+  return s_bar;
 }
 
 // Scratch and partial sums of the backward of one component.
@@ -220,8 +249,7 @@ static void gate_strip_backward(const Gate<T>& gate, int64_t c, const T* h, cons
   using Int = typename Lanes<T>::Int;
   constexpr int64_t lanes = Lanes<T>::count;
   const int64_t hidden = gate.hidden;
-  const bool penalised = gate.penalty != Penalty::none && grad_penalty != T(0);
-  const T slope_at_zero = penalised ? penalty_slope(T(0), gate.penalty, gate.power, gate.eps) : T(0);
+  const PenaltyBar<T> penalty_bar(gate, grad_penalty);
   T* values = scratch;
   T* slopes = scratch + hidden * kGateRows;
   T* acc = scratch + Scratch<T>::padded(2 * hidden * kGateRows);
@@ -246,14 +274,8 @@ static void gate_strip_backward(const Gate<T>& gate, int64_t c, const T* h, cons
     }
     // s_rows becomes the gradient of s.
     for (n = 0; n < here; n += lanes) {
-      const Vec s = load<Vec>(s_rows + n);
-      Vec s_bar{};
-      if (grad_lower) s_bar = lower_sigmoid_backward<T>(s, load<Vec>(grad_lower + n0 + n), gate.sigmoid);
-      if (penalised) {
-        const Vec psi = grad_penalty * penalty_slope_vec<T>(upper_sigmoid<T>(s), gate, slope_at_zero);
-        const Vec slope = upper_sigmoid_slope<T>(s);
-        s_bar += slope == Vec{} ? Vec{} : psi * slope;
-      }
+      const Vec incoming_g = grad_lower ? load<Vec>(grad_lower + n0 + n) : Vec{};
+      Vec s_bar = logit_gradient(gate, load<Vec>(s_rows + n), incoming_g, penalty_bar);
       s_bar = lane < typename Lanes<T>::Scalar(r.count - n0 - n) ? s_bar : Vec{};
       sum_b_out += s_bar;
       store(s_rows + n, s_bar);
@@ -316,7 +338,7 @@ template <class T>
 static void gate_backward(const Host<T>& host, const GateBackward<T>& a) {
   const int64_t hidden = a.gate.hidden, C = a.components, d_in = a.d_in;
   const Segments segments(a.rows);
-  const bool large = large_site(host, d_in, C);
+  const bool large = large_gate(host, d_in, C);
   const GateLayout layout(C, large || !a.grad_V ? 0 : d_in, hidden);
   const int64_t segment_count = segments.count > 0 ? segments.count : 1;
   const int64_t chunk = large ? component_chunk<T>(a.rows, C) : 0;

@@ -130,6 +130,9 @@ template <class T>
 struct Kernels {
   void (*gate_forward)(const Host<T>&, const GateForward<T>&);
   void (*gate_backward)(const Host<T>&, const GateBackward<T>&);
+  // The same, with gates of one hidden layer interpolated on a grid (gate_interpolated.inl).
+  void (*gate_interpolated_forward)(const Host<T>&, const GateForward<T>&);
+  void (*gate_interpolated_backward)(const Host<T>&, const GateBackward<T>&);
   void (*component_linear_forward)(const Host<T>&, const ComponentLinear<T>&, T* y);
   void (*component_linear_backward)(const Host<T>&, const ComponentLinear<T>&,
                                     const ComponentLinearGrads<T>&);

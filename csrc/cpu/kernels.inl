@@ -14,10 +14,19 @@ namespace SPD_ISA {
 // Beyond this many features a tile of x no longer fits the second-level cache, and a matrix product library wins.
 constexpr int64_t kSmallFeatures = 128;
 
+// Likewise for the gates of a site, whose small path keeps partial sums of every component's parameters.
+constexpr int64_t kSmallComponents = 512;
+
 template <class T>
 static bool large_site(const Host<T>& host, int64_t features_in, int64_t features_out) {
   if (host.path != 0) return host.path == 2;
   return features_in > kSmallFeatures || features_out > kSmallFeatures;
+}
+
+template <class T>
+static bool large_gate(const Host<T>& host, int64_t features, int64_t components) {
+  if (host.path != 0) return host.path == 2;
+  return features > kSmallFeatures || components > kSmallComponents;
 }
 
 // Components whose [N, chunk] tensors stay near the cores: about four megabytes each.
@@ -30,6 +39,8 @@ static int64_t component_chunk(int64_t rows, int64_t components) {
 
 #include "gate.inl"
 
+#include "gate_interpolated.inl"
+
 #include "component_linear.inl"
 
 #include "faithfulness.inl"
@@ -37,6 +48,8 @@ static int64_t component_chunk(int64_t rows, int64_t components) {
 template <class T>
 constexpr Kernels<T> table{gate_forward<T>,
                            gate_backward<T>,
+                           gate_interpolated_forward<T>,
+                           gate_interpolated_backward<T>,
                            component_linear_forward<T>,
                            component_linear_backward<T>,
                            faithfulness_forward<T>,

@@ -106,6 +106,27 @@ SPD_HD VecF mul_add(VecF a, VecF b, VecF c) { return a * b + c; }
 SPD_HD VecD mul_add(VecD a, VecD b, VecD c) { return a * b + c; }
 #endif
 
+#if SPD_VECTOR_BYTES >= 32
+// In every group of four lanes: lane j of r[i] becomes lane i of r[j].
+SPD_HD void transpose_quads(VecF r[4]) {
+#if SPD_VECTOR_BYTES == 64
+#define SPD_VECTOR(op, a, b) (VecF) _mm512_##op##_ps((__m512)a, (__m512)b)
+#define SPD_PAIRS(op, a, b) (VecF) _mm512_##op##_pd((__m512d)a, (__m512d)b)
+#else
+#define SPD_VECTOR(op, a, b) (VecF) _mm256_##op##_ps((__m256)a, (__m256)b)
+#define SPD_PAIRS(op, a, b) (VecF) _mm256_##op##_pd((__m256d)a, (__m256d)b)
+#endif
+  const VecF a = SPD_VECTOR(unpacklo, r[0], r[1]), b = SPD_VECTOR(unpackhi, r[0], r[1]);
+  const VecF c = SPD_VECTOR(unpacklo, r[2], r[3]), d = SPD_VECTOR(unpackhi, r[2], r[3]);
+  r[0] = SPD_PAIRS(unpacklo, a, c);
+  r[1] = SPD_PAIRS(unpackhi, a, c);
+  r[2] = SPD_PAIRS(unpacklo, b, d);
+  r[3] = SPD_PAIRS(unpackhi, b, d);
+#undef SPD_VECTOR
+#undef SPD_PAIRS
+}
+#endif
+
 SPD_HD VecF absolute(VecF a) { return (VecF)((VecI32)a & 0x7fffffff); }
 
 // The lanes added pairwise, in a fixed order.

@@ -124,13 +124,12 @@ void test_philox() {
 }
 
 void test_gelu() {
-  Real worst_value = 0, worst_slope = 0, worst_small = 0;
+  Real worst_value = 0, worst_slope = 0, worst_curvature = 0, worst_small = 0;
   for (int i = -800000; i <= 800000; ++i) {
     const float z = float(i) * 1e-5f;
     const Real exact = Real(z) * std::erfc(-Real(z) * 0.70710678118654752440L) / 2;
-    const Real slope =
-        std::erfc(-Real(z) * 0.70710678118654752440L) / 2 +
-        Real(z) * 0.39894228040143267794L * std::exp(-Real(z) * Real(z) / 2);
+    const Real density = 0.39894228040143267794L * std::exp(-Real(z) * Real(z) / 2);
+    const Real slope = std::erfc(-Real(z) * 0.70710678118654752440L) / 2 + Real(z) * density;
     float value, d;
     spd::gelu_with_slope(z, value, d);
     worst_value = std::max({worst_value, std::fabs(value - exact), std::fabs(spd::gelu(z) - exact)});
@@ -138,13 +137,18 @@ void test_gelu() {
     if (i != 0 && std::abs(i) < 10000) worst_small = std::max(worst_small, std::fabs(value / exact - 1));
     double value64, d64;
     spd::gelu_with_slope(double(z), value64, d64);
+    float curvature, same_value, same_slope;
+    spd::gelu_with_curvature(z, same_value, same_slope, curvature);
+    worst_curvature = std::max(worst_curvature, std::fabs(curvature - (2 - Real(z) * z) * density));
+    check(same_value == value && same_slope == d, "gelu with curvature");
     check(std::fabs(value64 - exact) < 1e-15L && std::fabs(d64 - slope) < 1e-15L, "gelu double");
   }
-  std::printf("gelu: value error %.2Le, relative near zero %.2Le, slope error %.2Le\n", worst_value, worst_small,
-              worst_slope);
+  std::printf("gelu: value error %.2Le, relative near zero %.2Le, slope error %.2Le, curvature error %.2Le\n",
+              worst_value, worst_small, worst_slope, worst_curvature);
   check(worst_value < 4e-7L, "gelu value");
   check(worst_small < 4e-7L, "gelu near zero");
   check(worst_slope < 4e-7L, "gelu slope");
+  check(worst_curvature < 2e-6L, "gelu curvature");
   const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   float value, slope;
   spd::gelu_with_slope(nan, value, slope);
@@ -251,6 +255,84 @@ void test_gate(const std::string& name, int path, Shape n, spd::Sigmoid sigmoid,
   compare(name + " inner", inner, t_inner);
   compare(name + " lower", lower, t_lower);
   if (penalty != spd::Penalty::none) compare(name + " sums", sums, t_sums);
+  compare(name + " grad_x", grad_x, t_x);
+  compare(name + " grad_V", grad_V, t_V);
+  compare(name + " grad_w_in", g_w_in, t_w_in);
+  compare(name + " grad_b_in", g_b_in, t_b_in);
+  compare(name + " grad_w_out", g_w_out, t_w_out);
+  compare(name + " grad_b_out", g_b_out, t_b_out);
+}
+
+// The interpolated gate against its definition: every row's cubic piece from s and s' at the two nodes around it.
+template <class T>
+void test_interpolated_gate(const std::string& name, int path, Shape n) {
+  const int64_t N = n.rows, D = n.d_in, C = n.components, H = n.hidden;
+  auto x = normal<T>(N * D), V = normal<T>(D * C, 1 / std::sqrt(double(D)));
+  auto w_in = normal<T>(C * H, 0.5), b_in = normal<T>(C * H, 0.5), w_out = normal<T>(C * H, 1 / std::sqrt(double(H)));
+  auto b_out = normal<T>(C, 0.5), grad_inner = normal<T>(N * C), grad_lower = normal<T>(N * C);
+  for (auto& v : x) v = std::min(T(1.5), std::max(T(-1.5), v));
+  for (int64_t j = 0; j < H; ++j) w_in[size_t(j)] = T(20);  // too steep for the grid of so few rows
+  std::vector<T> inner(size_t(N * C)), lower(size_t(N * C)), sums(size_t(C), T(-1)), grad_x(size_t(N * D)),
+      grad_V(size_t(D * C)), g_w_in(size_t(C * H)), g_b_in(size_t(C * H)), g_w_out(size_t(C * H)),
+      g_b_out(static_cast<size_t>(C));
+  const spd::Gate<T> gate{at(w_in), at(b_in), at(w_out), at(b_out), H, spd::Sigmoid::paper, spd::Penalty::none, T(1), T(0)};
+  spd::kernels<T>().gate_interpolated_forward(
+      host<T>(path), {N, D, C, {at(x), D, 1}, {at(V), C, 1}, gate, at(inner), at(lower), at(sums)});
+  spd::kernels<T>().gate_interpolated_backward(
+      host<T>(path), {N, D, C, at(grad_inner), at(grad_lower), nullptr, {at(x), D, 1}, {at(V), C, 1}, at(inner), gate,
+                      at(grad_x), at(grad_V), at(g_w_in), at(g_b_in), at(g_w_out), at(g_b_out)});
+  std::vector<Real> t_lower(size_t(N * C)), t_x(size_t(N * D), 0), t_V(size_t(D * C), 0), t_w_in(size_t(C * H), 0),
+      t_b_in(size_t(C * H), 0), t_w_out(size_t(C * H), 0), t_b_out(size_t(C), 0);
+  for (int64_t c = 0; c < C; ++c) {
+    const T *w = &w_in[size_t(c * H)], *b = &b_in[size_t(c * H)], *o = &w_out[size_t(c * H)];
+    Real fourth = 0, low = 0, high = 0;
+    for (int64_t j = 0; j < H; ++j) fourth += std::fabs(Real(o[j])) * std::pow(Real(w[j]), 4) * 1.5957691216057307L;
+    Real spacing = 1;
+    for (int quarters = 1; std::pow(spacing, 4) / 384 * fourth > 5e-6L; ++quarters) spacing = std::pow(2.0L, -quarters / 4.0L);
+    for (int64_t r = 0; r < N; ++r) {
+      low = std::min(low, Real(inner[size_t(c * N + r)]));
+      high = std::max(high, Real(inner[size_t(c * N + r)]));
+    }
+    const bool exact = 4 * (std::floor(high / spacing) - std::floor(low / spacing) + 2) > N;
+    for (int64_t r = 0; r < N; ++r) {
+      const Real h = inner[size_t(c * N + r)];
+      const Real k = std::floor(h / spacing), t = exact ? 0 : h / spacing - k;
+      const Real node[2] = {exact ? h : k * spacing, (k + 1) * spacing};
+      // Weights of s and s' at the two nodes, and their derivatives by h.
+      const Real by_s[2] = {(1 + 2 * t) * (1 - t) * (1 - t), t * t * (3 - 2 * t)};
+      const Real by_d[2] = {spacing * t * (1 - t) * (1 - t), spacing * t * t * (t - 1)};
+      const Real ds[2] = {6 * t * (t - 1) / spacing, 6 * t * (1 - t) / spacing};
+      const Real dd[2] = {(1 - t) * (1 - 3 * t), t * (3 * t - 2)};
+      Real s = b_out[size_t(c)], slope = 0;
+      std::vector<double> value(size_t(2 * H)), first(size_t(2 * H)), second(size_t(2 * H));
+      for (int64_t j = 0; j < H; ++j)
+        for (int e = 0; e < 2; ++e) {
+          spd::gelu_with_curvature(double(w[j] * node[e] + b[j]), value[2 * j + e], first[2 * j + e], second[2 * j + e]);
+          s += o[j] * (by_s[e] * value[2 * j + e] + by_d[e] * w[j] * first[2 * j + e]);
+          slope += o[j] * (ds[e] * value[2 * j + e] + dd[e] * w[j] * first[2 * j + e]);
+        }
+      if (exact) {
+        slope = 0;
+        for (int64_t j = 0; j < H; ++j) slope += o[j] * w[j] * first[2 * j];
+      }
+      t_lower[c * N + r] = spd::lower_sigmoid<double>(double(s), gate.sigmoid);
+      const Real s_bar = spd::lower_sigmoid_backward<double>(double(s), double(grad_lower[c * N + r]), gate.sigmoid);
+      const Real h_bar = grad_inner[c * N + r] + s_bar * slope;
+      t_b_out[c] += s_bar;
+      for (int64_t j = 0; j < H; ++j)
+        for (int e = 0; e < (exact ? 1 : 2); ++e) {
+          const Real z_bar = s_bar * o[j] * (by_s[e] * first[2 * j + e] + by_d[e] * w[j] * second[2 * j + e]);
+          t_w_out[c * H + j] += s_bar * (by_s[e] * value[2 * j + e] + by_d[e] * w[j] * first[2 * j + e]);
+          t_b_in[c * H + j] += z_bar;
+          t_w_in[c * H + j] += z_bar * node[e] + s_bar * o[j] * by_d[e] * first[2 * j + e];
+        }
+      for (int64_t i = 0; i < D; ++i) {
+        t_V[i * C + c] += x[r * D + i] * h_bar;
+        t_x[r * D + i] += V[i * C + c] * h_bar;
+      }
+    }
+  }
+  compare(name + " lower", lower, t_lower);
   compare(name + " grad_x", grad_x, t_x);
   compare(name + " grad_V", grad_V, t_V);
   compare(name + " grad_w_in", g_w_in, t_w_in);
@@ -436,6 +518,7 @@ void test_kernels(const std::string& isa) {
       test_gate<T>(at_shape + " 2026 lp 0.9", path, n, spd::Sigmoid::preset2026, spd::Penalty::lp, 0.9);
       test_gate<T>(at_shape + " paper smooth_l0", path, n, spd::Sigmoid::paper, spd::Penalty::smooth_l0, 0.5);
       test_gate<T>(at_shape + " 2026 none", path, n, spd::Sigmoid::preset2026, spd::Penalty::none, 1);
+      if (n.hidden > 0) test_interpolated_gate<T>(at_shape + " interpolated", path, n);
       for (const Recipe& k : recipes) test_linear<T>(at_shape + " recipe " + k.text(), path, n, k);
       test_faithfulness<T>(at_shape + " faithfulness", n);
     }

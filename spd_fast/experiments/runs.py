@@ -184,6 +184,7 @@ def _trainer(
         ci_fn=config.ci_fn,
         ci_hidden=config.ci_hidden,
         sigmoid=config.sigmoid,
+        gate_eval=config.gate_eval,
         init=config.init,
         delta=config.delta,
         seed=config.seed,

@@ -31,6 +31,7 @@ from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
 from spd_fast.model.sites import Site, SiteModel, resolve_sites, submodules
+from spd_fast.ops.gate import GateEval, check_gate_eval
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
 
@@ -111,6 +112,8 @@ class DecomposedModel(SiteModel):
             ``linear``, ``vector_mlp``, ``shared_mlp``, ``global_mlp``, ``transformer``.
         ci_transformer: ``d_model``, ``layers`` and ``heads`` of the last one.
         sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.
+        gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``, or within 1e-5
+            ``interpolated``.
         init: preset of the initialisation of V and U, ``paper`` or ``2026``.
         delta: whether stochastic masks include the weight delta.
         output: which tensor of what the target returns is its output: a field name such as
@@ -138,6 +141,7 @@ class DecomposedModel(SiteModel):
         ci_hidden: Sequence[int] = (16,),
         ci_transformer: Mapping[str, int] | None = None,
         sigmoid: SigmoidKind = "paper",
+        gate_eval: GateEval = "exact",
         init: Init = "paper",
         delta: bool = False,
         output: OutputSelector | None = None,
@@ -147,6 +151,7 @@ class DecomposedModel(SiteModel):
     ) -> None:
         super().__init__()
         check_sigmoid(sigmoid)
+        check_gate_eval(gate_eval)
         target = _module(target)
         self.sites = resolve_sites(target, sites)
         # The target and what refers to it stay outside the module tree.
@@ -154,10 +159,12 @@ class DecomposedModel(SiteModel):
         object.__setattr__(self, "caller", Caller(target, output, adapter))
         object.__setattr__(self, "_submodules", submodules(target))
         self.sigmoid: SigmoidKind = sigmoid
+        self.gate_eval: GateEval = gate_eval
         self.options: dict[str, Any] = {
             "ci_fn": ci_fn,
             "ci_hidden": list(ci_hidden),
             "sigmoid": sigmoid,
+            "gate_eval": gate_eval,
             "init": init,
             "delta": delta,
         }
@@ -306,20 +313,22 @@ class DecomposedModel(SiteModel):
         x, network = clean.inputs[site.name], self.ci_fns[_key(site.name)]
         if not isinstance(network, MLPGate):
             return self._from_logits(site, x, network(x), None, penalty)
+        gate_eval: GateEval = "exact"
         if site.kind == "embedding":
             inner = self._inner(site, x)
             out = self._gate_inner(network, inner, penalty)
         else:
+            gate_eval = self.gate_eval
             inner, *rest = ops.gate(
                 x, self.V(site.name), network.weights, network.biases,
-                sigmoid=self.sigmoid, penalty=penalty, backend=self.backend,
+                sigmoid=self.sigmoid, penalty=penalty, gate_eval=gate_eval, backend=self.backend,
             )  # fmt: skip
 
             out = (rest[0], rest[1])
 
         def upper() -> Tensor:
             rows = inner.reshape(-1, inner.shape[-1])
-            s = ops.gate_logits(rows, network.weights, network.biases)
+            s = ops.gate_logits(rows, network.weights, network.biases, gate_eval)
             return upper_importance(s, self.sigmoid).reshape(inner.shape)
 
         return SiteImportances(*out, upper=upper, inner=lambda: inner, known_inner=inner)

@@ -5,7 +5,7 @@ from spd_fast.ops.component_linear import component_linear
 from spd_fast.ops.divergence import divergence, kl_divergence, mse_divergence
 from spd_fast.ops.embedding_inner import embedding_inner
 from spd_fast.ops.faithfulness import faithfulness, weight_delta
-from spd_fast.ops.gate import GateOutput, gate, gate_logits
+from spd_fast.ops.gate import GATE_EVALS, GateEval, GateOutput, gate, gate_logits
 from spd_fast.ops.gate_inner import gate_inner
 from spd_fast.ops.importances import ImportancesOutput, importances
 from spd_fast.ops.linear_kl import linear_kl
@@ -15,7 +15,9 @@ from spd_fast.ops.random import RandomSource, make_key, philox_4x32, uniform
 from spd_fast.ops.sigmoids import SIGMOIDS, lower_importance, upper_importance
 
 __all__ = [
+    "GATE_EVALS",
     "SIGMOIDS",
+    "GateEval",
     "GateOutput",
     "ImportancesOutput",
     "MaskRecipe",

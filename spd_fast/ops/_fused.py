@@ -26,6 +26,8 @@ __all__ = [
 PRIMITIVES = (
     "gate_forward",
     "gate_backward",
+    "gate_interpolated_forward",
+    "gate_interpolated_backward",
     "component_linear_forward",
     "component_linear_backward",
     "faithfulness_forward",

@@ -6,12 +6,15 @@
 
 (the paper, §2.4 and appendix A.2; GELU in its exact erf form). Further hidden layers are allowed;
 with none, s = w h + β (the code of the paper at hidden width 0).
+
+``gate_eval`` says how s is evaluated: ``exact``, or ``interpolated`` on a grid per component within
+1e-5 (``spd_fast.ops.interpolation``); that applies to gates of one hidden layer, others stay exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +22,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spd_fast import backends
+from spd_fast.errors import UserError, nearest
 from spd_fast.ops import _fused
 from spd_fast.ops._library import composite, primitive
+from spd_fast.ops.interpolation import interpolated_logits
 from spd_fast.ops.penalty import Penalty, penalty_sums
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, lower_importance, upper_importance
 
-__all__ = ["GateOutput", "check_layers", "fused_layers", "gate", "gate_logits", "unsupported"]
+__all__ = [
+    "GATE_EVALS",
+    "GateEval",
+    "GateOutput",
+    "check_gate_eval",
+    "check_layers",
+    "fused_layers",
+    "gate",
+    "gate_logits",
+    "unsupported",
+]
+
+GateEval = Literal["exact", "interpolated"]
+GATE_EVALS: tuple[GateEval, ...] = ("exact", "interpolated")
+
+
+def check_gate_eval(gate_eval: str) -> None:
+    """Raise UserError for an unknown way of evaluating gates."""
+    if gate_eval not in GATE_EVALS:
+        raise UserError(
+            f"unknown gate_eval {gate_eval!r}; nearest: {nearest(gate_eval, GATE_EVALS)}"
+        )
 
 
 class GateOutput(NamedTuple):
@@ -35,7 +61,12 @@ class GateOutput(NamedTuple):
     penalty_sum: Tensor
 
 
-def gate_logits(inner: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def gate_logits(
+    inner: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gate_eval: GateEval = "exact",
+) -> Tensor:
     """s [N, C] from h [N, C]: layer l has W [C, in, out] and b [C, out], in = 1 at the first
     layer and out = 1 at the last, GELU (erf) between layers."""
     z = inner.unsqueeze(-1)  # [N, C, in]
@@ -46,12 +77,16 @@ def gate_logits(inner: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
             z = z * W[:, 0] + b
         else:
             z = torch.einsum("nci,cio->nco", z, W) + b
-    return z.squeeze(-1)
+    s = z.squeeze(-1)
+    if gate_eval == "interpolated" and len(weights) == 2:
+        (w_in, w_out), (b_in, b_out) = weights, biases
+        return interpolated_logits(inner, w_in[:, 0], b_in, w_out[:, :, 0], b_out[:, 0], s)
+    return s
 
 
 @composite(
     "gate(Tensor x, Tensor V, Tensor[] weights, Tensor[] biases, str sigmoid, str penalty, "
-    "float power, float eps) -> (Tensor, Tensor, Tensor)"
+    "float power, float eps, str gate_eval='exact') -> (Tensor, Tensor, Tensor)"
 )
 def _reference(
     x: Tensor,
@@ -62,21 +97,15 @@ def _reference(
     penalty: Any,
     power: float,
     eps: float,
+    gate_eval: GateEval = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
     inner = x @ V
-    logits = gate_logits(inner, weights, biases)
+    logits = gate_logits(inner, weights, biases, gate_eval)
     sums = penalty_sums(upper_importance(logits, sigmoid), Penalty(penalty, power, eps))
     return inner, lower_importance(logits, sigmoid), sums
 
 
-_FORWARD_ARGUMENTS = (
-    "Tensor x, Tensor V, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
-    "str sigmoid, str penalty, float power, float eps"
-)
-
-
-@primitive(f"gate_forward({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-def _(
+def _fake_forward(
     x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape[0], V.shape[1]
@@ -87,13 +116,7 @@ def _(
     )
 
 
-@primitive(
-    "gate_backward(Tensor? grad_inner, Tensor? grad_lower, Tensor? grad_penalty, Tensor x, "
-    "Tensor V, Tensor? inner, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, str sigmoid, "
-    "str penalty, float power, float eps, bool need_grad_x) -> "
-    "(Tensor?, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-def _(
+def _fake_backward(
     grad_inner: Tensor | None,
     grad_lower: Tensor | None,
     grad_penalty: Tensor | None,
@@ -115,6 +138,24 @@ def _(
     return (x.new_empty(x.shape) if need_grad_x else None, *grads)
 
 
+# The primitives of each way of evaluating.
+_PRIMITIVES: dict[GateEval, tuple[str, str]] = {
+    "exact": ("gate_forward", "gate_backward"),
+    "interpolated": ("gate_interpolated_forward", "gate_interpolated_backward"),
+}
+for _forward, _backward in _PRIMITIVES.values():
+    primitive(
+        f"{_forward}(Tensor x, Tensor V, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
+        "str sigmoid, str penalty, float power, float eps) -> (Tensor, Tensor, Tensor)"
+    )(_fake_forward)
+    primitive(
+        f"{_backward}(Tensor? grad_inner, Tensor? grad_lower, Tensor? grad_penalty, Tensor x, "
+        "Tensor V, Tensor? inner, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
+        "str sigmoid, str penalty, float power, float eps, bool need_grad_x) -> "
+        "(Tensor?, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )(_fake_backward)
+
+
 # Above this many elements a GPU's backward makes h again, chunk by chunk, instead of keeping it.
 _STREAMED = 2**28
 
@@ -123,11 +164,11 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
-        sigmoid: str, penalty: str, power: float, eps: float,
+        sigmoid: str, penalty: str, power: float, eps: float, gate_eval: GateEval,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.options = (sigmoid, penalty, power, eps)
-        forward = _fused.kernel("gate_forward", x)
+        ctx.options, ctx.gate_eval = (sigmoid, penalty, power, eps), gate_eval
+        forward = _fused.kernel(_PRIMITIVES[gate_eval][0], x)
         inner, lower, sums = forward(x, V, w_in, b_in, w_out, b_out, *ctx.options)
         kept = None if x.is_cuda and inner.numel() > _STREAMED else inner
         ctx.save_for_backward(x, V, kept, w_in, b_in, w_out, b_out)
@@ -139,19 +180,25 @@ class _Gate(torch.autograd.Function):
         ctx: Any, grad_inner: Tensor | None, grad_lower: Tensor | None, grad_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_inner is None and grad_lower is None and grad_sums is None:
-            return (None,) * 10
-        backward = _fused.kernel("gate_backward", ctx.saved_tensors[0])
+            return (None,) * 11
+        backward = _fused.kernel(_PRIMITIVES[ctx.gate_eval][1], ctx.saved_tensors[0])
         grads = backward(
             grad_inner, grad_lower, grad_sums, *ctx.saved_tensors, *ctx.options,
             ctx.needs_input_grad[0],
         )  # fmt: skip
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def unsupported(
-    backend: str, x: Tensor, weights: Sequence[Tensor], sigmoid: SigmoidKind
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    sigmoid: SigmoidKind,
+    gate_eval: GateEval = "exact",
 ) -> str | None:
     """Why ``backend`` cannot compute the gate of ``x``, or None."""
+    if gate_eval != "exact" and backend != "cpu":
+        return f"it evaluates gates exactly, not {gate_eval!r}"
     if len(weights) > 2:
         return f"its gates have one hidden layer, not {len(weights) - 1}"
     if sigmoid not in ("paper", "2026"):
@@ -192,6 +239,7 @@ def gate(
     *,
     sigmoid: SigmoidKind,
     penalty: Penalty | None = None,
+    gate_eval: GateEval = "exact",
     backend: str | None = None,
 ) -> GateOutput:
     """Inner activations, lower importances and penalty sums of one site.
@@ -202,11 +250,13 @@ def gate(
             in = 1 at the first layer and out = 1 at the last.
         sigmoid: preset of the pair of leaky sigmoids.
         penalty: ψ of the penalty sums; None leaves them zero.
+        gate_eval: ``exact``, or ``interpolated``: s within 1e-5, with the interpolant's gradients.
 
     Raises:
-        ValueError: shapes that do not fit. UserError: unknown sigmoid or backend.
+        ValueError: shapes that do not fit. UserError: unknown sigmoid, gate_eval or backend.
     """
     check_sigmoid(sigmoid)
+    check_gate_eval(gate_eval)
     if V.ndim != 2:
         raise ValueError(f"V is {tuple(V.shape)}, need [d_in, C]")
     if x.shape[-1] != V.shape[0]:
@@ -216,9 +266,9 @@ def gate(
     penalty = penalty or Penalty()
     rows = x.reshape(-1, x.shape[-1])
     chosen = backends.resolve(
-        backend, x.device, "gate", lambda name: unsupported(name, x, weights, sigmoid)
+        backend, x.device, "gate", lambda name: unsupported(name, x, weights, sigmoid, gate_eval)
     )
-    options = (sigmoid, penalty.kind, penalty.power, penalty.eps)
+    options = (sigmoid, penalty.kind, penalty.power, penalty.eps, gate_eval)
     if chosen == "reference":
         out = _reference(rows, V, list(weights), list(biases), *options)
     else:

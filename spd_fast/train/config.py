@@ -165,6 +165,7 @@ class Config(TrainConfig):
     sites: Annotated[dict[str, Count], Field(min_length=1)]
     ci_fn: Literal["mlp", "linear"] = "mlp"
     ci_hidden: tuple[Count, ...] = (16,)
+    gate_eval: Literal["exact", "interpolated"] = "exact"
     sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], NAME]
     init: Annotated[Literal["paper", "2026"], NAME]
     delta: bool

@@ -52,6 +52,19 @@ def test_the_config_is_resolved(finished):
     assert parse_config(load_config(finished / "config.yaml")) == small()
 
 
+def test_a_run_can_interpolate_its_gates(tmp_path):
+    run(small("gate_eval=interpolated", "batch_size=512", "steps=5"), tmp_path / "run", quiet=True)
+    run(small("gate_eval=exact", "batch_size=512", "steps=5"), tmp_path / "exact", quiet=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["gate_eval"] == "interpolated"
+    ours, exact = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["losses"]
+        for name in ("run", "exact")
+    )
+    assert ours != exact
+    for name, loss in exact.items():
+        assert ours[name] == pytest.approx(loss, rel=1e-4), name
+
+
 def test_the_model_holds_no_weight_of_the_target(finished):
     names = load_file(finished / "model.safetensors")
     assert {name.split(".")[0] for name in names} == {"components", "ci_fns"}

@@ -21,6 +21,28 @@ def test_lower_importances_are_the_gates_of_the_site_inputs(sigmoid, ci):
         torch.testing.assert_close(got[name].lower, expected[name][0], rtol=1e-12, atol=1e-13)
 
 
+def test_gates_can_be_interpolated():
+    model, x = toys.decomposed(gate_eval="interpolated"), 0.2 * toys.batch(1, 300, 4)
+    got = model.causal_importances(model.clean_forward(x))
+    interpolated = 0
+    for name, inputs in toys.site_inputs(model, x).items():
+        gate = model.ci_fn(name)
+        h = inputs @ model.V(name)
+        s, which = oracle.interpolated_logits(h, gate.weights, gate.biases)
+        interpolated += sum(which)
+        for value, sigmoid in (
+            (got[name].lower, oracle.lower_importance),
+            (got[name].upper, oracle.upper_importance),
+        ):
+            torch.testing.assert_close(value, sigmoid(s, "paper"), rtol=1e-11, atol=1e-12)
+    assert interpolated > 10
+
+
+def test_an_unknown_evaluation_of_gates_is_an_error():
+    with pytest.raises(UserError, match="unknown gate_eval 'grid'"):
+        toys.decomposed(gate_eval="grid")
+
+
 def test_inner_activations_are_site_inputs_times_V():
     model, x = toys.decomposed(), toys.batch(1)
     got = model.causal_importances(model.clean_forward(x))

@@ -43,6 +43,7 @@ def change_config(folder, **changes):
         {},
         {"ci_fn": "linear", "sigmoid": "2026", "init": "2026", "delta": True},
         {"ci_hidden": (4, 3), "sigmoid": "hard"},
+        {"gate_eval": "interpolated"},
     ],
 )
 def test_what_comes_back_computes_the_same(tmp_path, options):

@@ -155,6 +155,7 @@ def test_a_missing_nested_key_is_named_with_its_path():
         ("lr_schedule=linear", "lr_schedule", "'linear'"),
         ("sigmoid=papr", "sigmoid", "'papr'"),
         ("sigmoid=true", "sigmoid", "True"),
+        ("gate_eval=interpolate", "gate_eval", "'interpolate'"),
         ("ci_fn=mlpp", "ci_fn", "'mlpp'"),
         ("ci_hidden=16", "ci_hidden", "16"),
         ("ci_hidden=[16, 0]", "ci_hidden.1", "0"),
