@@ -112,8 +112,8 @@ class DecomposedModel(SiteModel):
             ``linear``, ``vector_mlp``, ``shared_mlp``, ``global_mlp``, ``transformer``.
         ci_transformer: ``d_model``, ``layers`` and ``heads`` of the last one.
         sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.
-        gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``, or within 1e-5
-            ``interpolated``.
+        gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``, or
+            ``interpolated`` within 1e-5.
         init: preset of the initialisation of V and U, ``paper`` or ``2026``.
         delta: whether stochastic masks include the weight delta.
         output: which tensor of what the target returns is its output: a field name such as
