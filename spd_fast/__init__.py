@@ -22,7 +22,7 @@ _HOME = {
     "UserError": "errors",
     "make_key": "ops",
 }
-_SUBMODULES = ("backends", "evaluate", "losses", "model", "ops", "report", "targets", "train")
+_SUBMODULES = ("backends", "evaluate", "losses", "model", "nn", "ops", "report", "targets", "train")
 
 __all__ = ["__version__", *_HOME, *_SUBMODULES]
 
