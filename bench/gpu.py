@@ -1,10 +1,13 @@
-"""GPU benchmark of one layer (gate and masked sum): eager, torch.compile and the Triton kernels.
+"""GPU benchmark: one layer (gate and masked sum) and a toy training step, against eager and
+torch.compile of the reference.
 
-    python -m bench.gpu --predict            the floors and predictions; needs no GPU
-    python -m bench.gpu --out bench/results/gpu.csv
+    python -m bench.gpu --predict     the predictions of docs/kernels.md; needs no GPU
+    python -m bench.gpu               measures, writes bench/results/gpu.csv, gpu_kernels.csv and
+                                      plots, and fills the measured column of docs/kernels.md
 
 Variants are interleaved: round by round, one timing of each, median over the rounds. Time is read
-from device events after a warm-up; extra memory is the allocator's peak above the inputs.
+from device events after a warm-up; extra memory is the allocator's peak above the inputs. All of
+it stops within --minutes, the last workloads first.
 """
 
 from __future__ import annotations
@@ -12,104 +15,89 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.registry import GPU, Bar, OperationWorkload, Shape
+
+ROOT = Path(__file__).resolve().parent.parent
 # Measured on an H200: copy bandwidth (bytes read plus written) and bf16 product rate.
 BANDWIDTH, MATRIX_RATE = 4.3e12, 790e12
 # From the datasheet: 132 multiprocessors · 128 fp32 lanes · 1.755 GHz.
 LANE_RATE = 132 * 128 * 1.755e9
-# Instructions a neuron of the gate, forward; and backward, which evaluates the tail twice.
-GATE_FORWARD, GATE_BACKWARD = 19, 45
 ROUNDS = 15
-COLUMNS = ("workload", "variant", "pass", "ms", "extra_mb", "tflops", "share_of_peak")
+# Above this many elements the gate keeps no inner activations, and the layer asks for none.
+STREAMED = 2**28
 
 
 @dataclass(frozen=True)
-class Workload:
+class Work:
+    """One layer, in bf16, by the name that docs/kernels.md gives it."""
+
     name: str
-    N: int
-    d_in: int
-    d_out: int
-    C: int
-    hidden: int
+    shape: Shape
+    bars: tuple[Bar, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        return self.shape.N * self.shape.C
 
     def product_flops(self, backward: bool) -> float:
         """The required ones: 2 N C (d_in + d_out) forward, three times that with the backward."""
-        return 2 * self.N * self.C * (self.d_in + self.d_out) * (3 if backward else 1)
+        s = self.shape
+        return 2.0 * s.N * s.C * (s.d_in + s.d_out) * (3 if backward else 1)
 
-    def rows(self) -> list[tuple[str, float, float, float]]:
-        """(kernel, bytes, product flops, lane instructions) of one forward and backward, bf16."""
-        n, small_in, small_out = self.N * self.C, self.N * self.d_in, self.N * self.d_out
-        into, out = self.C * self.d_in, self.C * self.d_out
-        neurons = n * self.hidden
-        return [
-            ("x V", 2 * (small_in + into + n), 2 * n * self.d_in, 0),
-            ("gate_forward", 4 * n, 0, GATE_FORWARD * neurons),
-            ("mask_forward", 6 * n, 0, 25 * n),
-            ("a U", 2 * (n + out + small_out), 2 * n * self.d_out, 0),
-            ("ȳ Uᵀ", 2 * (small_out + out + n), 2 * n * self.d_out, 0),
-            ("mask_backward", 12 * n, 0, 30 * n),
-            ("aᵀ ȳ", 2 * (n + small_out) + 4 * out, 2 * n * self.d_out, 0),
-            ("gate_backward", 8 * n, 0, GATE_BACKWARD * neurons),
-            ("xᵀ h̄", 2 * (n + small_in) + 4 * into, 2 * n * self.d_in, 0),
-            ("h̄ Vᵀ", 2 * (n + into + small_in), 2 * n * self.d_in, 0),
-        ]
+
+def _registered(name: str, registered: str) -> Work:
+    workload = GPU[registered]
+    assert isinstance(workload, OperationWorkload)
+    return Work(name, workload.shape, workload.bars)
+
+
+WORKLOADS = (
+    _registered("mlp_in", "gpu-layer"),
+    _registered("large_mlp", "gpu-layer-large"),
+    _registered("wide_dictionary", "gpu-layer-many"),
+    Work("resid_mlp1", Shape(2048, 1000, 50, 100)),
+    Work("tms_5-2", Shape(4096, 5, 2, 20)),
+)
 
 
 def seconds(moved: float, flops: float, instructions: float) -> float:
     return max(moved / BANDWIDTH, flops / MATRIX_RATE, instructions / LANE_RATE)
 
 
-WORKLOADS = (
-    Workload("mlp_in", 8192, 768, 3072, 4096, 16),
-    Workload("large_mlp", 4096, 4096, 14336, 24576, 16),
-    Workload("wide_dictionary", 4096, 1024, 1024, 131072, 16),
-    Workload("resid_mlp1", 2048, 1000, 50, 100, 16),
-    Workload("tms_5-2", 4096, 5, 2, 20, 16),
-)
-
-
-def predict() -> None:
-    """A table of every kernel's predicted time at every workload, in Markdown."""
-    print("| workload | kernel | MB | GFLOP | predicted ms | measured ms |")
-    print("|---|---|---|---|---|---|")
-    for work in WORKLOADS:
-        total = 0.0
-        for name, *costs in work.rows():
-            time = seconds(*costs)
-            total += time
-            mb, gflop = costs[0] / 1e6, costs[1] / 1e9
-            print(f"| {work.name} | {name} | {mb:.4g} | {gflop:.4g} | {1e3 * time:.3g} | |")
-        print(f"| {work.name} | **sum** | | | **{1e3 * total:.3g}** | |")
-
-
-def _step(work: Workload, backend: str, compiled: bool) -> Callable[[bool], None]:
+def step_of(work: Work, backend: str, device: str, compiled: bool = False) -> Callable[..., None]:
+    """The layer's forward, or forward and backward, on inputs made here."""
     import torch
 
-    from spd_fast.ops import MaskRecipe, Penalty, RandomSource, component_linear, gate, make_key
+    from spd_fast.ops import MaskRecipe, Penalty, RandomSource, component_linear, gate
 
-    def parameter(*shape: int, scale: float) -> Any:
-        return (torch.randn(*shape, device="cuda") * scale).bfloat16().requires_grad_()
-
+    s = work.shape
     torch.manual_seed(0)
-    x = torch.randn(work.N, work.d_in, device="cuda").bfloat16().requires_grad_()
-    V = parameter(work.d_in, work.C, scale=work.d_in**-0.5)
-    U = parameter(work.C, work.d_out, scale=work.C**-0.5)
-    weights = [parameter(work.C, 1, work.hidden, scale=1.4),
-               parameter(work.C, work.hidden, 1, scale=work.hidden**-0.5)]  # fmt: skip
-    biases = [parameter(work.C, work.hidden, scale=0.5), parameter(work.C, 1, scale=0.5)]
-    grad = torch.randn(work.N, work.d_out, device="cuda").bfloat16()
-    key = make_key(0, 0, "cuda")
+
+    def tensor(*shape: int, scale: float = 1.0) -> Any:
+        return torch.randn(*shape, device=device).mul_(scale).bfloat16()
+
+    def parameter(*shape: int, scale: float = 1.0) -> Any:
+        return tensor(*shape, scale=scale).requires_grad_()
+
+    x, grad = parameter(s.N, s.d_in), tensor(s.N, s.d_out)
+    V, U = parameter(s.d_in, s.C, scale=s.d_in**-0.5), parameter(s.C, s.d_out, scale=s.C**-0.5)
+    weights = [parameter(s.C, 1, s.hidden, scale=1.4),
+               parameter(s.C, s.hidden, 1, scale=s.hidden**-0.5)]  # fmt: skip
+    biases = [parameter(s.C, s.hidden, scale=0.5), parameter(s.C, 1, scale=0.5)]
+    key = torch.zeros(2, dtype=torch.int64, device=device)
 
     def forward() -> tuple[Any, Any]:
         out = gate(x, V, weights, biases, sigmoid="2026", penalty=Penalty("lp", 2.0),
                    backend=backend)  # fmt: skip
         recipe = MaskRecipe(out.lower, RandomSource(key))
         # A wide dictionary streams: both backwards make h again, nobody keeps it.
-        inner = out.inner if work.N * work.C <= 2**28 else None
+        inner = out.inner if work.elements <= STREAMED else None
         y = component_linear(x, V, U, recipe, inner=inner, backend=backend)
         return y, out.penalty_sum
 
@@ -124,6 +112,111 @@ def _step(work: Workload, backend: str, compiled: bool) -> Callable[[bool], None
         torch.autograd.grad((y, sums), [x, V, U, *weights, *biases], (grad, torch.ones_like(sums)))
 
     return step
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A kernel of one workload: all its launches in a forward and backward together."""
+
+    workload: str
+    kernel: str
+    launches: int
+    mb: float
+    gflop: float
+    ms: float
+
+    def cells(self) -> tuple[str, ...]:
+        return (self.workload, self.kernel, str(self.launches), f"{self.mb:.4g}",
+                f"{self.gflop:.4g}", f"{self.ms:.3g}")  # fmt: skip
+
+
+def _summed(work: Work, calls: list[Any]) -> list[Prediction]:
+    rows = []
+    for name in dict.fromkeys(call.name for call in calls):
+        same = [call for call in calls if call.name == name]
+        ms = 1e3 * sum(seconds(c.bytes, c.flops, c.instructions) for c in same)
+        mb, gflop = sum(c.bytes for c in same) / 1e6, sum(c.flops for c in same) / 1e9
+        rows.append(Prediction(work.name, name, len(same), mb, gflop, ms))
+    return rows
+
+
+def predicted(work: Work) -> tuple[list[Prediction], float]:
+    """The kernels of a forward and backward, and the MB that it adds to its inputs."""
+    from bench import gpu_trace
+
+    s = work.shape
+    with gpu_trace.simulated(), gpu_trace.recorded(s.d_in, s.d_out, run=False) as calls:
+        step = step_of(work, "triton", "meta")
+        with gpu_trace.Memory() as memory:
+            step(True)
+    return _summed(work, calls), memory.peak / 1e6
+
+
+def eager_memory(work: Work) -> float:
+    """MB that the eager layer adds to its inputs."""
+    from bench import gpu_trace
+
+    step = step_of(work, "reference", "meta")
+    with gpu_trace.Memory() as memory:
+        step(True)
+    return memory.peak / 1e6
+
+
+HEADER = "| workload | kernel | launches | MB | GFLOP | predicted ms | measured ms |"
+MEMORY_HEADER = "| workload | eager MB | spd_fast MB | ratio | measured MB |"
+
+
+def predict() -> str:
+    """Two tables in Markdown: every kernel's time at every workload; memory."""
+    lines = [HEADER, "|---" * 7 + "|"]
+    memory = [MEMORY_HEADER, "|---" * 5 + "|"]
+    for work in WORKLOADS:
+        rows, extra = predicted(work)
+        lines += [f"| {' | '.join(row.cells())} | |" for row in rows]
+        total = sum(row.ms for row in rows)
+        lines.append(f"| {work.name} | **sum** | | | | **{total:.3g}** | |")
+        eager = eager_memory(work)
+        memory.append(f"| {work.name} | {eager:.4g} | {extra:.4g} | 1/{eager / extra:.3g} | |")
+    return "\n".join([*lines, "", *memory])
+
+
+def fill(page: str, times: dict[tuple[str, str], float], memory: dict[str, float]) -> str:
+    """``page`` with the measured columns of its two tables filled, by workload and kernel; rows
+    that were not measured stay as they are."""
+    lines, table = [], ""
+    for line in page.splitlines():
+        if line in (HEADER, MEMORY_HEADER):
+            table = line
+        elif not line.startswith("|"):
+            table = ""
+        cells = [c.strip() for c in line.strip().strip("|").split("|")]
+        if table == HEADER and len(cells) == 7 and (cells[0], cells[1]) in times:
+            cells[-1] = f"{times[cells[0], cells[1]]:.3g}"
+            line = f"| {' | '.join(cells)} |".replace("  ", " ")
+        elif table == MEMORY_HEADER and len(cells) == 5 and cells[0] in memory:
+            cells[-1] = f"{memory[cells[0]]:.4g}"
+            line = f"| {' | '.join(cells)} |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant of one workload; milliseconds None where it ran out of memory."""
+
+    workload: str
+    variant: str
+    passes: str
+    ms: float | None
+    extra_mb: float | None = None
+    tflops: float | None = None
+    share_of_peak: float | None = None
+
+
+VARIANTS = (("eager", "reference", False), ("torch.compile", "reference", True),
+            ("spd_fast", "triton", False))  # fmt: skip
+COLUMNS = ("workload", "variant", "passes", "ms", "extra_mb", "tflops", "share_of_peak", "gpu",
+           "torch", "triton", "python", "commit", "started", "peak_tflops", "copy_tb_s")  # fmt: skip
 
 
 def _timed(step: Callable[[bool], None], backward: bool) -> tuple[float, float]:
@@ -141,54 +234,215 @@ def _timed(step: Callable[[bool], None], backward: bool) -> tuple[float, float]:
     return start.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def measure(out: Path) -> None:
-    """Time and extra memory of every variant at every workload, into a CSV."""
+def _ceilings() -> tuple[float, float]:
+    """Measured here: bf16 products in flop/s and copies in byte/s, read plus written."""
     import torch
 
-    rows: list[tuple[Any, ...]] = []
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+
+    def best(function: Callable[[], Any]) -> float:
+        times = [_timed(lambda _: function(), False)[0] for _ in range(12)]
+        return 1e-3 * statistics.median(times[2:])
+
+    products = best(lambda: torch.mm(a, b))
+    copies = best(lambda: target.copy_(source))
+    return 2 * 8192**3 / products, 2 * source.numel() / copies
+
+
+def _layer(work: Work, backward: bool, peak: float) -> list[Measurement]:
+    import torch
+
+    passes = "fwd+bwd" if backward else "fwd"
+    results: list[Measurement] = []
+    steps: dict[str, Callable[[bool], None]] = {}
+    for name, backend, compiled in VARIANTS:
+        try:
+            steps[name] = step_of(work, backend, "cuda", compiled)
+            for _ in range(3):
+                steps[name](backward)
+        except torch.OutOfMemoryError:
+            steps.pop(name, None)
+            results.append(Measurement(work.name, name, passes, None))
+        torch.cuda.empty_cache()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            samples[name].append(_timed(step, backward))
+    for name, pairs in samples.items():
+        ms = statistics.median(p[0] for p in pairs)
+        rate = work.product_flops(backward) / (1e-3 * ms)
+        extra = max(p[1] for p in pairs)
+        results.append(Measurement(work.name, name, passes, ms, extra, rate / 1e12, rate / peak))
+    return results
+
+
+def _kernels(work: Work) -> dict[tuple[str, str], float]:
+    """Milliseconds of every kernel in a forward and backward: the median of some runs."""
+    import torch
+
+    from bench import gpu_trace
+
+    s = work.shape
+    step = step_of(work, "triton", "cuda")
+    step(True)
+    runs: dict[str, list[float]] = {}
+    for _ in range(7):
+        with gpu_trace.recorded(s.d_in, s.d_out, run=True) as calls:
+            step(True)
+        torch.cuda.synchronize()
+        for name in dict.fromkeys(c.name for c in calls):
+            total = sum(c.milliseconds for c in calls if c.name == name)
+            runs.setdefault(name, []).append(total)
+    times = {(work.name, name): statistics.median(values) for name, values in runs.items()}
+    times[work.name, "**sum**"] = sum(times.values())
+    return times
+
+
+TOY = "tms_5-2"
+
+
+def _toy_steps() -> list[Measurement]:
+    """A whole training step: eager; fused; fused and captured in a graph."""
+    import torch
+
+    from bench.problems import step_trainer
+
+    results = []
+    trainers = {
+        name: step_trainer(TOY, backend, device="cuda", capture=capture)
+        for name, backend, capture in (
+            ("eager", "reference", False), ("spd_fast", "triton", False),
+            ("spd_fast, captured", "triton", True),
+        )
+    }  # fmt: skip
+    for trainer in trainers.values():
+        trainer.fit(20)
+    samples: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(ROUNDS):
+        for name, trainer in trainers.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            trainer.fit(trainer.step + 20)
+            torch.cuda.synchronize()
+            samples[name].append(1e3 * (time.perf_counter() - started) / 20)
+    for name, values in samples.items():
+        results.append(Measurement(f"step {TOY}", name, "step", statistics.median(values)))
+    return results
+
+
+def verdicts(results: list[Measurement]) -> list[str]:
+    """Every bar of DESIGN §8 with what was measured, or that nothing was."""
+    by = {(r.workload, r.variant, r.passes): r for r in results}
+    lines = []
+
+    def ratio(over: Measurement | None, own: Measurement | None) -> float | None:
+        if over is None or own is None or over.ms is None or own.ms is None:
+            return None
+        return over.ms / own.ms
+
     for work in WORKLOADS:
-        for backward in (False, True):
-            samples: dict[str, list[tuple[float, float]]] = {}
-            steps: dict[str, Callable[[bool], None]] = {}
-            for name, backend, compiled in (
-                ("eager", "reference", False), ("torch.compile", "reference", True),
-                ("spd_fast", "triton", False),
-            ):  # fmt: skip
-                try:
-                    steps[name] = _step(work, backend, compiled)
-                    for _ in range(3):
-                        steps[name](backward)
-                except torch.OutOfMemoryError:
-                    steps.pop(name, None)
-                    rows.append((work.name, name, "fwd+bwd" if backward else "fwd", "out of memory",
-                                 "", "", ""))  # fmt: skip
-                    torch.cuda.empty_cache()
-            for _ in range(ROUNDS):
-                for name, step in steps.items():
-                    samples.setdefault(name, []).append(_timed(step, backward))
-            for name, pairs in samples.items():
-                ms = statistics.median(p[0] for p in pairs)
-                rate = work.product_flops(backward) / (1e-3 * ms)
-                rows.append((work.name, name, "fwd+bwd" if backward else "fwd", f"{ms:.4f}",
-                             f"{max(p[1] for p in pairs):.1f}", f"{rate / 1e12:.1f}",
-                             f"{rate / MATRIX_RATE:.3f}"))  # fmt: skip
-            steps.clear()
-            torch.cuda.empty_cache()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-    for row in rows:
-        print(*row, sep="\t")
+        own = by.get((work.name, "spd_fast", "fwd+bwd"))
+        eager = by.get((work.name, "eager", "fwd+bwd"))
+        compiled = by.get((work.name, "torch.compile", "fwd+bwd"))
+        for bar in work.bars:
+            value = None
+            if bar.quantity == "speedup":
+                value = ratio(eager, own)
+            elif bar.quantity == "speedup_over_compile":
+                value = ratio(compiled, own)
+            elif bar.quantity == "extra_ratio" and own and eager and eager.extra_mb:
+                value = own.extra_mb / eager.extra_mb if own.extra_mb else None
+            elif bar.quantity == "extra_mb" and own:
+                value = own.extra_mb
+            elif bar.quantity == "share_of_peak" and own:
+                value = own.share_of_peak
+            lines.append(_verdict(work.name, bar, value))
+    toy = by.get((f"step {TOY}", "spd_fast, captured", "step"))
+    for bar in GPU[f"gpu-{TOY}"].bars:
+        lines.append(
+            _verdict(f"step {TOY}", bar, ratio(by.get((f"step {TOY}", "eager", "step")), toy))
+        )
+    return lines
 
 
-def main() -> None:
+def _verdict(name: str, bar: Bar, value: float | None) -> str:
+    if value is None:
+        return f"{name}: {bar}: not measured"
+    return f"{name}: {bar}: {value:.3g}, {'met' if bar.met(value) else 'MISSED'}"
+
+
+def write(results: list[Measurement], where: dict[str, str], path: Path) -> None:
+    """The CSV: one line a measurement, with machine and versions on each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for result in results:
+            cells = {k: "out of memory" if k == "ms" and v is None else _cell(v)
+                     for k, v in vars(result).items()}  # fmt: skip
+            writer.writerow({**cells, **where})
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _where(peak: float, copies: float) -> dict[str, str]:
+    import torch
+    import triton
+
+    from bench.machine import machine
+
+    here = machine()
+    return {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "python": here["python"], "commit": here["commit"],
+        "started": here["started"], "peak_tflops": f"{peak / 1e12:.0f}",
+        "copy_tb_s": f"{copies / 1e12:.2f}",
+    }  # fmt: skip
+
+
+def measure(out: Path, page: Path, minutes: float) -> None:
+    """Time and memory of every variant at every workload: CSV, plots, measured column, bars."""
+    from bench import gpu_plot
+
+    deadline = time.monotonic() + 60 * minutes
+    peak, copies = _ceilings()
+    where = _where(peak, copies)
+    results, times = _toy_steps(), {}
+    for work in WORKLOADS:
+        for backward in (True, False):
+            if time.monotonic() > deadline:
+                print(
+                    f"{work.name}, {'fwd+bwd' if backward else 'fwd'}: no time left, not measured"
+                )
+                continue
+            results += _layer(work, backward, peak)
+            write(results, where, out)
+        if time.monotonic() < deadline:
+            times.update(_kernels(work))
+    memory = {r.workload: r.extra_mb for r in results
+              if r.variant == "spd_fast" and r.passes == "fwd+bwd" and r.extra_mb}  # fmt: skip
+    page.write_text(fill(page.read_text(encoding="utf-8"), times, memory), encoding="utf-8")
+    gpu_plot.draw(out, out.parent)
+    print(*verdicts(results), sep="\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--predict", action="store_true", help="predictions only; needs no GPU")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.csv"))
-    options = parser.parse_args()
-    predict() if options.predict else measure(options.out)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu.csv")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels.md")
+    parser.add_argument("--minutes", type=float, default=4, help="start nothing after that")
+    options = parser.parse_args(arguments)
+    if options.predict:
+        print(predict())
+    else:
+        measure(options.out, options.page, options.minutes)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

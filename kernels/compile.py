@@ -2,28 +2,34 @@
 
     python -m spd_fast.kernels.compile [--targets sm_80 sm_90 sm_100 gfx942] [--out table.csv]
 
-Reads registers, stack and shared memory from the compiled code (NVIDIA: cuobjdump on the cubin;
-AMD: the code object's metadata) and fails on a spill or on more shared memory than the target has.
+Compiles with whatever Triton is imported, in one process a core, and finds again in Triton's cache
+what has not changed. Reads registers, stack and shared memory from the compiled code (NVIDIA:
+cuobjdump on the cubin; AMD: the code object's metadata) and fails on a spill or on more shared
+memory than the target has.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from spd_fast.errors import nearest
 from spd_fast.kernels.registry import Case, cases
 
 # Target and the most shared memory a block (a work-group) can have, in bytes.
@@ -33,8 +39,19 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-COLUMNS = ("kernel", "target", "tile", "specialisation", "registers", "stack_bytes", "shared_bytes",
-           "verdict")  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One line of the table; -1 where the compilation failed."""
+
+    kernel: str
+    target: str
+    tile: str
+    specialisation: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    verdict: str
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
@@ -82,45 +99,80 @@ def _verdict(stack: int, shared: int, limit: int) -> str:
     return "too much shared memory" if shared > limit else "ok"
 
 
+def examine(case: Case, name: str) -> Row:
+    """Compile ``case`` for the target ``name`` and judge it."""
+    target, limit = TARGETS[name]
+    with warnings.catch_warnings():
+        # gfx942 has no tf32 mode in every Triton: a warning there is no finding.
+        warnings.simplefilter("ignore")
+        try:
+            registers, stack, shared = usage(case, target)
+            verdict = _verdict(stack, shared, limit)
+        except Exception as error:  # whatever a compiler raises is this case's verdict
+            registers = stack = shared = -1
+            verdict = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:90]}"
+    return Row(case.kernel.__name__, name, str(case.config), str(case), registers, stack, shared,
+               verdict)  # fmt: skip
+
+
+@functools.cache
+def _registered() -> tuple[Case, ...]:
+    return tuple(cases())
+
+
+def _examine_registered(job: tuple[int, str]) -> Row:
+    index, name = job
+    return examine(_registered()[index], name)
+
+
+def _examine_all(jobs: Sequence[tuple[int, str]], processes: int) -> Iterator[Row]:
+    if processes == 1:
+        yield from map(_examine_registered, jobs)
+        return
+    # Kernels cannot be sent to another process: each makes the registry itself.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(_examine_registered, jobs, chunksize=4)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m spd_fast.kernels.compile")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernels", nargs="+", help="only these")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--defaults", action="store_true", help="only the shipped defaults")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)),
+                        help="processes; the machine's cores unless given")  # fmt: skip
     parser.add_argument("--out", type=Path, help="CSV to write; {triton} stands for the version")
     parser.add_argument("--verbose", action="store_true", help="print every compilation")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 compiles nothing")
-    rows, failures = [], 0
-    for case in cases():
-        if options.kernels and case.name not in options.kernels:
-            continue
-        for name in options.targets:
-            target, limit = TARGETS[name]
-            # gfx942 has no tf32 mode in every Triton: a warning there is no finding.
-            started = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    registers, stack, shared = usage(case, target)
-                    verdict = _verdict(stack, shared, limit)
-                except Exception as error:
-                    registers = stack = shared = -1
-                    verdict = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:90]}"
-            failures += verdict != "ok"
-            rows.append((case.kernel.__name__, name, str(case.config), str(case), registers, stack,
-                         shared, verdict))  # fmt: skip
-            if options.verbose or verdict != "ok":
-                print(*rows[-1], f"{time.perf_counter() - started:.1f} s", sep="  ", flush=True)
+    known = {case.name for case in _registered()}
+    for name in options.kernels or ():
+        if name not in known:
+            parser.error(f"unknown kernel {name!r}; nearest: {nearest(name, known)}")
+    jobs = [
+        (index, target)
+        for index, case in enumerate(_registered())
+        if (not options.kernels or case.name in options.kernels)
+        and (case.default or not options.defaults)
+        for target in options.targets
+    ]
+    rows = []
+    for row in _examine_all(jobs, max(options.jobs, 1)):
+        rows.append(row)
+        if options.verbose or row.verdict != "ok":
+            print(*row, sep="  ", flush=True)
     if options.out:
         path = Path(str(options.out).format(triton=triton.__version__))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
+            writer.writerow(Row._fields)
             writer.writerows(rows)
-    print(f"triton {triton.__version__}: {len(rows)} compilations, {failures} failed")
-    return int(failures > 0)
+    failed = sum(row.verdict != "ok" for row in rows)
+    print(f"triton {triton.__version__}: {len(rows)} compilations, {failed} failed")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

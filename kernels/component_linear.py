@@ -125,7 +125,7 @@ def mask_forward_kernel(
 @triton.jit(do_not_specialize=["draw", "site", "row_offset"])
 def mask_backward_kernel(
     x, x_row, x_col, V, v_row, v_col, inner, i_row, i_col,
-    grad, y_row, y_col, U, u_row, u_col, a_bar, a, h_bar, hb_row, g_bar, r_bar, d_bar,
+    grad, y_row, y_col, U, u_row, u_col, a_bar, ab_row, a, h_bar, hb_row, g_bar, r_bar, d_bar,
     lower, l_row, l_col, source, s_row, s_col, key, draw, site, row_offset, delta, routing,
     N, C, first, count, d_in, d_out,
     PRODUCT_H: tl.constexpr, PRODUCT_A: tl.constexpr, LOWER: tl.constexpr, SOURCE: tl.constexpr,
@@ -149,7 +149,8 @@ def mask_backward_kernel(
         ab = product_tile(grad, y_row, y_col, U, u_col, u_row, rows, local, N, count, d_out,
                           BLOCK_N, BLOCK_C, BLOCK_K, PRECISION)  # fmt: skip
     else:
-        ab = tl.load(a_bar + at, mask=inside, other=0.0).to(tl.float32)
+        ab_at = rows[:, None] * ab_row + local[None, :]
+        ab = tl.load(a_bar + ab_at, mask=inside, other=0.0).to(tl.float32)
     if PRODUCT_H:
         h = product_tile(x, x_row, x_col, V, v_row, v_col, rows, local, N, count, d_in,
                          BLOCK_N, BLOCK_C, BLOCK_K, PRECISION)  # fmt: skip
@@ -290,7 +291,7 @@ def component_linear_forward(
 
     recipe.draw_delta(N, C)
     scale = recipe.row_scale(x.dtype)
-    pieces = regimes.chunks(x, N, C)
+    pieces = regimes.chunks(N, C, regimes.CHUNK_ELEMENTS)
     wide = torch.float32 if len(pieces) + (scale is not None) > 1 else x.dtype
     y = None
     if scale is not None:
@@ -300,6 +301,7 @@ def component_linear_forward(
     for first, count in pieces:
         a = _masked_chunk(x, inner, V_x, recipe, first, count)
         y = addmm(y, a, U_x[first : first + count], wide)
+        del a  # before the next chunk's
     if y is None:
         y = x.new_zeros(N, d_out)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -399,8 +401,9 @@ def component_linear_backward(
     )
     grad_U = torch.zeros_like(U, memory_format=torch.contiguous_format) if need_U else None
     d_bar = torch.zeros(N, device=x.device) if need_delta else None
-    pieces = regimes.chunks(x, N, C)
     through_V = need_x and V is not None
+    # Only x̄ is a sum over chunks: without it there is nothing to gain from wide ones.
+    pieces = regimes.chunks(N, C, regimes.CHUNK_ELEMENTS if through_V else regimes.NARROW_ELEMENTS)
     wide = torch.float32 if len(pieces) * through_V + (scale is not None) > 1 else x.dtype
     x_bar = None
     if need_x and scale is not None and W_x is not None:
@@ -419,6 +422,7 @@ def component_linear_backward(
             x_bar = addmm(x_bar, some_h_bar, V_x[:, part].t(), wide)
         if d_bar is not None:
             d_bar -= some_d_bar
+        del a, some_h_bar  # before the next chunk's
     if d_bar is not None:
         assert W_x is not None
         d_bar += (grad.float() * mm(x, W_x.t(), x.dtype).float()).sum(-1)
@@ -452,7 +456,9 @@ def _backward_chunk(
     def buffer(needed: bool) -> Tensor:
         return torch.empty(N, count, dtype=x.dtype, device=x.device) if needed else x
 
-    a_bar = x if in_kernel else mm(grad, some_U.t(), x.dtype)
+    # Where h̄ is a result of its own, its columns hold ā first.
+    own_h_bar = None if h_bar is None else h_bar[:, part]
+    a_bar = x if in_kernel else mm(grad, some_U.t(), x.dtype, own_h_bar)
     if inner is not None:
         h = inner[:, part]
     else:
@@ -460,8 +466,8 @@ def _backward_chunk(
         h = x if in_kernel else mm(x, some_V, x.dtype)
     own_h = inner is None and not in_kernel
     a = h if own_h else buffer(need_a)
-    if h_bar is not None:
-        out = h_bar[:, part]
+    if own_h_bar is not None:
+        out = own_h_bar
     elif in_kernel:
         out = buffer(need_h_bar)
     else:
@@ -478,9 +484,9 @@ def _backward_chunk(
         launch(
             mask_backward_kernel, x, (triton.cdiv(N, config.blocks["BLOCK_N"]) * col_tiles,),
             x, *x.stride(), v, *v.stride(), h, *h.stride(), grad, *grad.stride(), some_U,
-            *some_U.stride(), a_bar, a, out, out.stride(0), x if g_bar is None else g_bar,
-            x if r_bar is None else r_bar, rowsums, *recipe.arguments(), N, C, first, count, d_in,
-            d_out, PRODUCT_H=product_h, PRODUCT_A=in_kernel, DELTA=recipe.delta is not None,
+            *some_U.stride(), a_bar, a_bar.stride(0), a, out, out.stride(0),
+            x if g_bar is None else g_bar, x if r_bar is None else r_bar, rowsums,
+            *recipe.arguments(), N, C, first, count, d_in, d_out, PRODUCT_H=product_h, PRODUCT_A=in_kernel, DELTA=recipe.delta is not None,
             WRITE_A=need_a, WRITE_H=need_h_bar or h_bar is not None, WRITE_G=g_bar is not None,
             WRITE_R=r_bar is not None, WRITE_D=need_delta, PRECISION=precision(x),
             **recipe.constants, config=config,

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spd_fast.kernels import scalar
+from spd_fast.kernels import regimes, scalar
 from spd_fast.kernels.configs import Config, launch, operand_class, pick
 from spd_fast.kernels.product import addmm, mm, precision, product_tile, tile_of
-from spd_fast.kernels.regimes import chunks, gate_product_in_kernel
 
 
 @triton.jit
@@ -95,10 +94,8 @@ def gate_forward_counted(
     """:func:`gate_forward` and the L0 counts [C]: positions with g above ``threshold``."""
     N, C = x.shape[0], V.shape[1]
     V_x = V.to(x.dtype)
-    in_kernel = gate_product_in_kernel(x, C)
-    inner = torch.empty(N, C, dtype=x.dtype, device=x.device)
-    if not in_kernel and N and C:
-        torch.mm(x, V_x, out=inner)
+    in_kernel = regimes.gate_product_in_kernel(x, C)
+    inner = x.new_empty(N, C) if in_kernel else mm(x, V_x, x.dtype)
     lower, sums, live = _forward(
         x, V_x, inner, (w_in, b_in, w_out, b_out), in_kernel, sigmoid, penalty, power, eps,
         threshold,
@@ -309,7 +306,7 @@ def gate_backward(
     gate = tuple(t.contiguous() for t in (w_in, b_in, w_out, b_out))
     sums = torch.zeros(3 * H + 1 if H else 2, C, device=x.device)
     grad_V = torch.zeros(V.shape, dtype=V.dtype, device=x.device)
-    grad_x, pieces = None, chunks(x, N, C)
+    grad_x, pieces = None, regimes.chunks(N, C, regimes.CHUNK_ELEMENTS)
     wide = torch.float32 if len(pieces) > 1 else x.dtype
 
     for first, count in pieces:
@@ -322,6 +319,7 @@ def gate_backward(
         grad_V[:, part] = mm(x.t(), h_bar, V.dtype)
         if need_grad_x:
             grad_x = addmm(grad_x, h_bar, some_V.t(), wide)
+        del h, h_bar  # before the next chunk's
 
     if need_grad_x:
         grad_x = torch.zeros_like(x) if grad_x is None else grad_x.to(x.dtype)

@@ -52,10 +52,10 @@ def _has_out_dtype() -> bool:
     return hasattr(torch.ops.aten.addmm, "dtype")
 
 
-def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A B with fp32 accumulation, in ``dtype``."""
+def mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """A B with fp32 accumulation, in ``dtype``; into ``out`` of the operands' dtype if given."""
     if dtype == a.dtype:
-        return torch.mm(a, b)
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if a.is_cuda and _has_out_dtype():
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)

@@ -6,8 +6,11 @@ from torch import Tensor
 
 from spd_fast.kernels.configs import operand_class
 
-# Elements of one transient [N, chunk] buffer: 128 MiB in bf16, whatever C is.
+# Elements of one transient [N, chunk] buffer: 128 MiB in bf16, whatever C is. Where chunks are
+# summed in fp32, fewer of them mean fewer trips of the sum.
 CHUNK_ELEMENTS = 2**26
+# Where they are not: 32 MiB, still wide enough for the library's products.
+NARROW_ELEMENTS = 2**24
 # Below this many multiply-adds a launch costs more than the arithmetic: one kernel does it all.
 SMALL_PRODUCTS = 2**29
 # Inner sizes up to which a tile product that saves one trip of its result through memory beats
@@ -16,11 +19,11 @@ IN_KERNEL_DEPTH = 768
 IN_KERNEL_DEPTH_DUAL = 1024
 
 
-def chunks(like: Tensor, N: int, C: int) -> list[tuple[int, int]]:
+def chunks(N: int, C: int, elements: int) -> list[tuple[int, int]]:
     """(first, count) of the pieces of C that are worked on at a time; none where empty."""
     if N == 0 or C == 0:
         return []
-    size = max(CHUNK_ELEMENTS // N // 128 * 128, 128)
+    size = max(elements // N // 128 * 128, 128)
     return [(first, min(size, C - first)) for first in range(0, C, size)]
 
 

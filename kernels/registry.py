@@ -48,6 +48,7 @@ class Case:
     element: str
     constants: dict[str, Any]
     config: Config
+    default: bool = True  # whether the configuration is what ships
 
     def signature(self) -> tuple[dict[str, str], dict, dict]:
         """(types by name, constants by position, attributes by position) for ASTSource."""
@@ -95,7 +96,8 @@ def _each(name: str, kernel: Any, operands: str, *constant_sets: dict[str, Any])
             if "BLOCK_K" in kernel.arg_names:
                 blocks.setdefault("BLOCK_K", 16)
             yield Case(name, kernel, element, constants,
-                       Config(blocks, config.num_warps, config.num_stages))  # fmt: skip
+                       Config(blocks, config.num_warps, config.num_stages),
+                       config is CONFIGS[name][operands][0])  # fmt: skip
 
 
 _GATE = {"HIDDEN": 16, "SIGMOID": 1, "PENALTY": 1, "POWER": 2}

@@ -170,7 +170,8 @@ class _Gate(torch.autograd.Function):
         ctx.options, ctx.gate_eval = (sigmoid, penalty, power, eps), gate_eval
         forward = _fused.kernel(_PRIMITIVES[gate_eval][0], x)
         inner, lower, sums = forward(x, V, w_in, b_in, w_out, b_out, *ctx.options)
-        kept = None if x.is_cuda and inner.numel() > _STREAMED else inner
+        streamed = x.device.type != "cpu" and inner.numel() > _STREAMED
+        kept = None if streamed else inner
         ctx.save_for_backward(x, V, kept, w_in, b_in, w_out, b_out)
         return inner, lower, sums
 

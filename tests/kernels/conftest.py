@@ -35,14 +35,13 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way a shape can be computed, whatever its size."""
     pytest.importorskip("triton")
-    from spd_fast.kernels import component_linear, gate, regimes
+    from spd_fast.kernels import regimes
 
     in_kernel = request.param != "library"
     monkeypatch.setattr(regimes, "small", lambda *_: request.param == "small")
     monkeypatch.setattr(regimes, "gate_product_in_kernel", lambda *_: in_kernel)
-    monkeypatch.setattr(gate, "gate_product_in_kernel", lambda *_: in_kernel)
     monkeypatch.setattr(regimes, "dual_in_kernel", lambda *_: in_kernel)
     # Two pieces of C from 129 components on.
     monkeypatch.setattr(regimes, "CHUNK_ELEMENTS", 1)
-    assert component_linear.regimes is regimes
+    monkeypatch.setattr(regimes, "NARROW_ELEMENTS", 1)
     return request.param
