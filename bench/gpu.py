@@ -215,8 +215,10 @@ class Measurement:
 
 VARIANTS = (("eager", "reference", False), ("torch.compile", "reference", True),
             ("spd_fast", "triton", False))  # fmt: skip
-COLUMNS = ("workload", "variant", "passes", "ms", "extra_mb", "tflops", "share_of_peak", "gpu",
-           "torch", "triton", "python", "commit", "started", "peak_tflops", "copy_tb_s")  # fmt: skip
+COLUMNS = (
+    "workload", "variant", "passes", "ms", "extra_mb", "tflops", "share_of_peak", "gpu", "torch",
+    "triton", "python", "commit", "started", "peak_tflops", "copy_tb_s",
+)  # fmt: skip
 
 
 def _timed(step: Callable[[bool], None], backward: bool) -> tuple[float, float]:

@@ -187,14 +187,13 @@ def recorded(d_in: int, d_out: int, run: bool) -> Iterator[list[Call]]:
 @contextmanager
 def simulated() -> Iterator[None]:
     """The public operations computed by the Triton launchers on meta tensors."""
-    patches = (
-        mock.patch.object(backends, "resolve", lambda backend, *_: backend),
-        mock.patch.object(_fused, "load", lambda _: None),
-        mock.patch.object(_fused, "kernel", lambda name, _: primitives.TABLE[name]),
-    )
     with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
+        for module, name, patch in (
+            (backends, "resolve", lambda backend, *_: backend),
+            (_fused, "load", lambda _: None),
+            (_fused, "kernel", lambda name, _: primitives.TABLE[name]),
+        ):
+            stack.enter_context(mock.patch.object(module, name, patch))
         yield
 
 
