@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 ROOMS = [
     "ops",
     "model",
+    "nn",
     "losses",
     "train",
     "targets",

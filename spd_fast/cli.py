@@ -161,6 +161,22 @@ def table(
     print(results_table([read_evaluation(folder) for folder in folders], markdown=markdown))
 
 
+@app.command("import")
+def import_(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder of the authors' torch code.")],
+    out: Annotated[Path, typer.Option(help="Where to write the decomposition; an empty folder.")],
+    target: Annotated[
+        str | None, typer.Option(help="Its target: a folder or hub id. Default: the toy inside.")
+    ] = None,
+) -> None:
+    """Read a checkpoint of the authors' torch code (either format); none of its code is run."""
+    from spd_fast.targets import import_run
+
+    model = import_run(run_dir, out, target)
+    components = sum(site.components for site in model.sites.values())
+    print(f"{out}: {len(model.sites)} sites, {components} components")
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, device and usable backends, and try each of them."""

@@ -1,5 +1,6 @@
 """Target networks with known mechanisms, and their data."""
 
+from spd_fast.targets.authors import import_run
 from spd_fast.targets.build import (
     feature_data,
     load_target,
@@ -17,6 +18,7 @@ __all__ = [
     "ResidMLP",
     "SparseFeatures",
     "feature_data",
+    "import_run",
     "load_hf",
     "load_target",
     "make_target",
