@@ -146,6 +146,6 @@ if (ROOT / "kernels").is_dir():
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"spd_fast.experiments": ["*.yaml"], "spd_fast.report": ["*.j2"]},
+    package_data={"spd_fast.experiments": ["*.yaml", "*/*.yaml"], "spd_fast.report": ["*.j2"]},
     **extension(),
 )

@@ -86,7 +86,7 @@ def run(
     """Decompose a network, evaluate the result and write a report."""
     from spd_fast import _extension, experiments
     from spd_fast.report import results_table, seeds_summary, write_report
-    from spd_fast.train import parse_config, set_keys
+    from spd_fast.train import set_keys
 
     changes = [*(assignments or []), *(overrides or [])]
     changes += [f"{k}={v}" for k, v in (("seed", seed), ("steps", steps)) if v is not None]
@@ -95,7 +95,8 @@ def run(
             raise UserError("--seed and --seeds: give one of them")
         data = set_keys(experiments.recipe(experiment), changes)
         configs = {
-            s: parse_config(set_keys(data, [f"seed={s}"])) for s in experiments.parse_seeds(seeds)
+            s: experiments.configuration(set_keys(data, [f"seed={s}"]))
+            for s in experiments.parse_seeds(seeds)
         }
         _extension.keep_freed_memory()
         together = out or Path("runs") / next(iter(configs.values())).name
@@ -109,7 +110,7 @@ def run(
         return
     if jobs != 1:
         raise UserError("--jobs goes with --seeds")
-    config = parse_config(set_keys(experiments.recipe(experiment), changes))
+    config = experiments.configuration(set_keys(experiments.recipe(experiment), changes))
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
     _extension.keep_freed_memory()
     finished = experiments.run(

@@ -13,6 +13,7 @@ from spd_fast.evaluate.reconstruction import importance_l0, reconstruction
 from spd_fast.evaluate.weights import (
     MECHANISM_COSINE,
     WeightMatch,
+    match_matrices,
     match_weights,
     mechanism_cosines,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "importance_l0",
     "live",
     "live_components",
+    "match_matrices",
     "match_weights",
     "mechanism_cosines",
     "neuron_contributions",

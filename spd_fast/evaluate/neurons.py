@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spd_fast.model import DecomposedModel
+from spd_fast.model.sites import SiteModel
 from spd_fast.targets.resid_mlp import ResidMLP
 
 __all__ = ["NeuronContributions", "best_components", "neuron_contributions"]
@@ -67,10 +67,10 @@ def best_components(candidates: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def neuron_contributions(model: DecomposedModel) -> NeuronContributions:
+def neuron_contributions(model: SiteModel) -> NeuronContributions:
     """Contributions of feature i, layer by layer and in float64.
 
-    target: (W_U[i] W_out) ⊙ (W_in W_E[:, i]). found: the same with a single component u_c v_cᵀ
+    target: (W_U[i] W_out) ⊙ (W_in W_E[:, i]). found: the same with a single component P_c
     in place of W_in and the sum of all components in place of W_out; c maximises the largest
     contribution of a neuron.
 
@@ -87,9 +87,8 @@ def neuron_contributions(model: DecomposedModel) -> NeuronContributions:
         if missing := [name for name in names if name not in model.sites]:
             raise ValueError(f"neuron contributions need site {missing[0]!r} decomposed")
         W_in, W_out = (model.sites[name].weight.double() for name in names)
-        (V, U), (V_out, U_out) = ((model.V(n).double(), model.U(n).double()) for n in names)
-        read = torch.einsum("fc,cm->fcm", W_E @ V, U)
-        write = W_E @ (V_out @ U_out).T  # [features, d_mlp]
+        read = model.component_outputs(names[0], W_E)
+        write = W_E @ model.total(names[1])  # [features, d_mlp]
         candidates = read * write[:, None]
         component = best_components(candidates)
         of_target.append((W_E @ W_out) * (W_E @ W_in.T))

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MECHANISM_COSINE", "WeightMatch", "match_weights", "mechanism_cosines"]
+__all__ = [
+    "MECHANISM_COSINE",
+    "WeightMatch",
+    "match_matrices",
+    "match_weights",
+    "mechanism_cosines",
+]
 
 # A feature's mechanism counts as found where a component is this close to it in direction.
 MECHANISM_COSINE = 0.95
@@ -51,6 +57,21 @@ def match_weights(V: Tensor, U: Tensor, weight: Tensor, among: Tensor | None = N
     best = cosine.max(dim=1)
     length = V.gather(1, best.indices[:, None])[:, 0].abs() * U.norm(dim=1)[best.indices]
     return WeightMatch(best.indices, best.values, length / weight.norm(dim=0).clamp_min(tiny))
+
+
+def match_matrices(components: Tensor, weight: Tensor, among: Tensor | None = None) -> WeightMatch:
+    """The same for components that are whole matrices: column j of P_c in place of u_c V_jc.
+    components [C, d_out, d_in], weight [d_out, d_in]. Float64 throughout."""
+    P, W = components.detach().double(), weight.detach().double()
+    tiny = torch.finfo(torch.float64).tiny
+    lengths = P.norm(dim=1)  # [C, d_in]
+    overlap = torch.einsum("coi,oi->ci", P, W / W.norm(dim=0).clamp_min(tiny))
+    cosine = overlap / lengths.clamp_min(tiny)
+    if among is not None and among.any():
+        cosine = cosine.masked_fill(~among[:, None], -torch.inf)
+    best = cosine.max(dim=0)
+    length = lengths.gather(0, best.indices[None])[0]
+    return WeightMatch(best.indices, best.values, length / W.norm(dim=0).clamp_min(tiny))
 
 
 def mechanism_cosines(components: Tensor, weight: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 
 from spd_fast._files import write_bytes
 from spd_fast.errors import Diverged, UserError
+from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.runs import Run, check_device, read_evaluation, run
-from spd_fast.train import Config, load_config
+from spd_fast.train import load_config
 from spd_fast.train.progress import Progress
 
 __all__ = ["Outcome", "outcomes", "run_grid"]
@@ -32,11 +33,11 @@ class Outcome:
     diverged: str | None = None
 
 
-def _same(folder: Path, config: Config) -> bool:
+def _same(folder: Path, config: AnyConfig) -> bool:
     return bool(load_config(folder / "config.yaml") == json.loads(config.model_dump_json()))
 
 
-def _finished(folder: Path, config: Config) -> Outcome | None:
+def _finished(folder: Path, config: AnyConfig) -> Outcome | None:
     """The outcome of the run in ``folder``, or None while it has none.
 
     Raises:
@@ -56,7 +57,7 @@ def _finished(folder: Path, config: Config) -> Outcome | None:
     return None
 
 
-def outcomes(configs: Mapping[str, Config], folder: Path) -> dict[str, Outcome]:
+def outcomes(configs: Mapping[str, AnyConfig], folder: Path) -> dict[str, Outcome]:
     """Of the runs that are finished already.
 
     Raises:
@@ -67,7 +68,7 @@ def outcomes(configs: Mapping[str, Config], folder: Path) -> dict[str, Outcome]:
 
 
 def _run_one(
-    config: Config,
+    config: AnyConfig,
     folder: Path,
     device: str | None,
     backend: str | None,
@@ -94,7 +95,7 @@ def _one_of_several(threads: int, *arguments: Any) -> Outcome:
 
 
 def run_grid(
-    configs: Mapping[str, Config],
+    configs: Mapping[str, AnyConfig],
     folder: Path,
     *,
     label: str,

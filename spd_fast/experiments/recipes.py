@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from spd_fast.baselines import APDConfig, parse_apd_config
 from spd_fast.errors import UserError, nearest
 from spd_fast.evaluate.ground_truth import Expected
-from spd_fast.train.config import Config, ResidMLPTarget, TMSTarget, load_config
+from spd_fast.train.config import (
+    Config,
+    ResidMLPTarget,
+    TMSTarget,
+    load_config,
+    parse_config,
+)
 
-__all__ = ["expected_sites", "recipe", "recipes"]
+__all__ = ["AnyConfig", "configuration", "expected_sites", "recipe", "recipes"]
+
+
+AnyConfig = Config | APDConfig
 
 
 def _folder() -> Path:
@@ -20,10 +31,11 @@ def _folder() -> Path:
 def recipes() -> dict[str, str]:
     """Name → one-line description (the recipe's first comment), in name order."""
     found = {}
-    for path in sorted(_folder().glob("*.yaml")):
+    for path in sorted(_folder().rglob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        found[path.stem] = first.lstrip("# ").strip()
-    return found
+        name = path.relative_to(_folder()).with_suffix("").as_posix()
+        found[name] = first.lstrip("# ").strip()
+    return dict(sorted(found.items()))
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -45,7 +57,20 @@ def recipe(name: str) -> dict[str, Any]:
     return load_config(_folder() / f"{name}.yaml")
 
 
-def expected_sites(config: Config) -> dict[str, Expected]:
+def configuration(data: Mapping[str, Any]) -> AnyConfig:
+    """The configuration in a mapping: SPD's, or that of the ``method`` it names.
+
+    Raises:
+        UserError: one line naming the key, what was given, and what is needed.
+    """
+    if "method" not in data:
+        return parse_config(data)
+    if data["method"] != "apd":
+        raise UserError(f"unknown method {data['method']!r}; known: 'apd'; leave it out for SPD")
+    return parse_apd_config(data)
+
+
+def expected_sites(config: AnyConfig) -> dict[str, Expected]:
     """Site → the mechanisms a toy target is known to have (the paper, §3)."""
     target = config.target
     if isinstance(target, TMSTarget):

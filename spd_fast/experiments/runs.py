@@ -20,29 +20,25 @@ from torch import nn
 import spd_fast
 from spd_fast import backends, targets
 from spd_fast._files import alone_in, write_bytes
+from spd_fast.baselines import APDConfig, APDModel, APDTrainer
 from spd_fast.errors import UserError
 from spd_fast.evaluate import (
     MECHANISM_COSINE,
     Expected,
     NeuronContributions,
-    importance_l0,
-    live,
     live_components,
-    match_weights,
     mechanism_cosines,
     neuron_contributions,
-    probe_importances,
-    reconstruction,
 )
-from spd_fast.experiments.recipes import expected_sites
+from spd_fast.experiments.measures import AnyModel, match, measure
+from spd_fast.experiments.recipes import AnyConfig, configuration, expected_sites
 from spd_fast.experiments.records import read_evaluation, read_metrics
 from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
-from spd_fast.train import Config, Trainer, load_config, parse_config
+from spd_fast.train import Trainer, load_config
 from spd_fast.train.config import ResidMLPTarget
 from spd_fast.train.progress import Progress
-from spd_fast.train.trainer import ACTIVE_THRESHOLD
 
 __all__ = [
     "MIN_NEURON_R2",
@@ -65,8 +61,8 @@ class Run:
     """A run's folder, opened."""
 
     folder: Path
-    config: Config
-    model: DecomposedModel
+    config: AnyConfig
+    model: AnyModel
 
     @property
     def target(self) -> nn.Module:
@@ -85,7 +81,7 @@ class Run:
         return read_evaluation(self.folder)
 
 
-def _device_of(model: DecomposedModel) -> torch.device:
+def _device_of(model: AnyModel) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -110,7 +106,7 @@ def check_device(device: str | None, backend: str | None) -> torch.device:
     return chosen
 
 
-def _check_out(out: Path, config: Config, resume: bool) -> None:
+def _check_out(out: Path, config: AnyConfig, resume: bool) -> None:
     """Raise UserError unless ``out`` can take this run; nothing is written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -128,7 +124,7 @@ def _check_out(out: Path, config: Config, resume: bool) -> None:
 
 
 def run(
-    config: Config,
+    config: AnyConfig,
     out: Path,
     *,
     device: str | None = None,
@@ -176,8 +172,22 @@ def run(
 
 
 def _trainer(
-    config: Config, target: nn.Module, out: Path, backend: str | None, quiet: bool
-) -> Trainer:
+    config: AnyConfig, target: nn.Module, out: Path, backend: str | None, quiet: bool
+) -> Trainer | APDTrainer:
+    device = str(next(target.parameters()).device)
+    batches = targets.feature_data(
+        config.target, config.batch_size, config.seed, "decompose", device
+    )
+    if isinstance(config, APDConfig):
+        rival = APDModel(
+            target,
+            dict.fromkeys(config.sites, config.components),
+            rank=config.rank,
+            extra_rank=config.extra_rank,
+            seed=config.seed,
+            backend=backend,
+        )
+        return APDTrainer(rival, config, batches, out=out, quiet=quiet)
     model = DecomposedModel(
         target,
         config.sites,
@@ -190,19 +200,19 @@ def _trainer(
         seed=config.seed,
         backend=backend,
     )
-    batches = targets.feature_data(
-        config.target, config.batch_size, config.seed, "decompose", str(_device_of(model))
-    )
     return Trainer(model, config, batches, out=out, quiet=quiet)
 
 
-def _try_forwards(trainer: Trainer) -> None:
+def _try_forwards(trainer: Trainer | APDTrainer) -> None:
     """Forwards of one step, which show what the chosen backend or the sites cannot do."""
     with torch.no_grad():
-        stochastic_recon(trainer.forwards(0))
+        if isinstance(trainer, APDTrainer):
+            trainer.forwards(0)
+        else:
+            stochastic_recon(trainer.forwards(0))
 
 
-def _trained_target(config: Config, out: Path) -> nn.Module | None:
+def _trained_target(config: AnyConfig, out: Path) -> nn.Module | None:
     """The target given by path, or the one that this run has trained already, or None."""
     if config.target.path is not None:
         return targets.load_target(config.target, Path(config.target.path))
@@ -211,7 +221,7 @@ def _trained_target(config: Config, out: Path) -> nn.Module | None:
     return None
 
 
-def _train_target(config: Config, folder: Path, quiet: bool) -> nn.Module:
+def _train_target(config: AnyConfig, folder: Path, quiet: bool) -> nn.Module:
     with Progress("train target", config.target.steps, quiet=quiet) as progress:
         target, losses = targets.train_target(config.target, config.seed, progress.update)
     targets.save_target(target, config.target, folder)
@@ -228,14 +238,15 @@ def load_run(folder: Path, *, device: str | None = None, backend: str | None = N
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} holds no run (no config.yaml)")
     try:
-        config = parse_config(load_config(folder / "config.yaml"))
+        config = configuration(load_config(folder / "config.yaml"))
     except UserError as error:
         raise UserError(f"{folder} holds no run: {error}") from None
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"the run in {folder} is not finished: continue it with `run … --resume`")
     chosen = check_device(device, backend)
     target = targets.load_target(config.target, folder / "target").to(chosen)
-    return Run(folder, config, DecomposedModel.from_pretrained(folder, target, backend=backend))
+    kind = APDModel if isinstance(config, APDConfig) else DecomposedModel
+    return Run(folder, config, kind.from_pretrained(folder, target, backend=backend))
 
 
 def environment() -> dict[str, Any]:
@@ -267,14 +278,13 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _mechanisms_found(model: DecomposedModel, name: str, known: Expected | None) -> int | None:
+def _mechanisms_found(model: AnyModel, name: str, known: Expected | None) -> int | None:
     """How many input features have a component of their own; None where the site's inputs are
     not the features."""
     site = model.sites[name]
     if known is None or known.pattern != "identity" or site.d_in != known.components:
         return None
-    components = torch.einsum("ic,co->coi", model.V(name), model.U(name))
-    return int((mechanism_cosines(components, site.weight) >= MECHANISM_COSINE).sum())
+    return int((mechanism_cosines(model.matrices(name), site.weight) >= MECHANISM_COSINE).sum())
 
 
 def contributions(run: Run) -> NeuronContributions | None:
@@ -310,30 +320,27 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
     batch = targets.feature_data(
         config.target, EVALUATION_BATCH, config.seed, "evaluate", str(device)
     )(0)
-    probes = probe_importances(model, features)
     expected = expected_sites(config)
-    l0 = importance_l0(model, batch, ACTIVE_THRESHOLD)
+    measured = measure(config, model, batch)
     unfaithful = model.faithfulness()
     sites: dict[str, dict[str, Any]] = {}
     for name, site in model.sites.items():
-        V, U = model.V(name), model.U(name)
-        among = torch.from_numpy(live(probes[name])).to(device)
-        match = match_weights(V, U, site.weight, among)
-        anything = match_weights(V, U, site.weight)
+        matched = match(model, name, measured.probes[name])
+        anything = match(model, name)
         known = expected.get(name)
         sites[name] = {
-            "mmcs": match.mmcs,
-            "mmcs_std": match.cosine.std(correction=0).item(),
-            "ml2r": match.ml2r,
-            "ml2r_std": match.ratio.std(correction=0).item(),
+            "mmcs": matched.mmcs,
+            "mmcs_std": matched.cosine.std(correction=0).item(),
+            "ml2r": matched.ml2r,
+            "ml2r_std": matched.ratio.std(correction=0).item(),
             "mmcs_any": anything.mmcs,
             "ml2r_any": anything.ml2r,
             "mechanisms_found": _mechanisms_found(model, name, known),
             "components": site.components,
-            "live_components": live_components(probes[name]),
+            "live_components": live_components(measured.probes[name]),
             "expected": None if known is None else [known.pattern, known.components],
-            "ci_error": None if known is None else known.error(probes[name]),
-            "l0": l0[name],
+            "ci_error": measured.errors.get(name),
+            "l0": measured.l0[name],
             "faithfulness": (unfaithful[name] / site.weight.numel()).item(),
             "relative_error": (unfaithful[name].sqrt() / site.weight.norm()).item(),
         }
@@ -357,7 +364,7 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
         "neuron_contributions": None
         if neurons is None
         else {"r2": neurons.r2, "slope": neurons.slope, "layers": neurons.by_layer()},
-        "reconstruction": reconstruction(model, batch, config.divergence, config.seed),
+        "reconstruction": measured.reconstruction,
         "steps": metrics[-1]["step"] if metrics else 0,
         "seconds": seconds,
         "ms_per_step": 1e3 * seconds / max(steps[-1], 1),

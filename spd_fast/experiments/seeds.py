@@ -12,8 +12,8 @@ from typing import Any
 from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
 from spd_fast.experiments.grid import Outcome, run_grid
+from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.runs import Run
-from spd_fast.train import Config
 
 __all__ = ["aggregate", "parse_seeds", "run_seeds", "spread"]
 
@@ -110,7 +110,7 @@ def _check_folder(out: Path) -> None:
 
 
 def run_seeds(
-    configs: Mapping[int, Config],
+    configs: Mapping[int, AnyConfig],
     out: Path,
     *,
     device: str | None = None,

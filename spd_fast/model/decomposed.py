@@ -160,7 +160,7 @@ class DecomposedModel(SiteModel):
         object.__setattr__(self, "_submodules", submodules(target))
         self.sigmoid: SigmoidKind = sigmoid
         self.gate_eval: GateEval = gate_eval
-        self.options: dict[str, Any] = {
+        self.options = {
             "ci_fn": ci_fn,
             "ci_hidden": list(ci_hidden),
             "sigmoid": sigmoid,
@@ -481,6 +481,14 @@ class DecomposedModel(SiteModel):
         from spd_fast.model.pretrained import load_pretrained
 
         return load_pretrained(source, target, revision=revision, backend=backend, **options)
+
+    def matrices(self, site: str) -> Tensor:
+        """u_c v_cᵀ of every component, [C, d_out, d_in]."""
+        return torch.einsum("ic,co->coi", self.V(site), self.U(site))
+
+    def component_outputs(self, site: str, x: Tensor) -> Tensor:
+        """h_c u_c of every component, [N, C, d_out], in float64."""
+        return torch.einsum("nc,co->nco", x.double() @ self.V(site).double(), self.U(site).double())
 
     def faithfulness(self) -> dict[str, Tensor]:
         """Site name → ‖W − (V U)ᵀ‖²."""

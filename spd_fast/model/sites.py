@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +97,36 @@ class SiteModel(nn.Module):
     Attributes:
         target: outside the module tree.
         sites: name → site, in the target's module order.
+        options: what, besides these, makes the same model again.
     """
 
     target: nn.Module
     sites: dict[str, Site]
+    options: dict[str, Any]
+
+    def V(self, site: str) -> Tensor:
+        """The reading side of all components, [d_in, ·]."""
+        raise NotImplementedError
+
+    def U(self, site: str) -> Tensor:
+        """The writing side of all components, [·, d_out]."""
+        raise NotImplementedError
+
+    def matrices(self, site: str) -> Tensor:
+        """Every component as a matrix like the site's weight, [C, d_out, d_in]."""
+        raise NotImplementedError
+
+    def total(self, site: str) -> Tensor:
+        """The sum of all components, (V U)ᵀ [d_out, d_in], in float64."""
+        return (self.V(site).double() @ self.U(site).double()).T
+
+    def component_outputs(self, site: str, x: Tensor) -> Tensor:
+        """What each component makes of x [N, d_in]: [N, C, d_out], in float64."""
+        raise NotImplementedError
+
+    def faithfulness(self) -> dict[str, Tensor]:
+        """Site name → ‖W − (V U)ᵀ‖²."""
+        raise NotImplementedError
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Parameters in groups to be updated one after the other."""

@@ -33,6 +33,9 @@ LOSS_NAMES = {
     "stochastic_recon": "stochastic recon",
     "stochastic_recon_layerwise": "layerwise recon",
     "importance_minimality": "importance minimality",
+    "topk_recon": "reconstruction, kept alone",
+    "schatten": "Schatten simplicity",
+    "activation_recon": "activation reconstruction",
 }
 
 

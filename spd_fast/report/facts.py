@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from spd_fast import targets
+from spd_fast.baselines import APDConfig, APDModel
+from spd_fast.baselines.evaluate import on_data, probe_shares
 from spd_fast.evaluate import Expected, NeuronContributions, probe_importances
-from spd_fast.experiments.recipes import expected_sites, recipe, recipes
+from spd_fast.experiments.recipes import AnyConfig, configuration, expected_sites, recipe, recipes
 from spd_fast.experiments.runs import EVALUATION_BATCH, MIN_NEURON_R2, Run, contributions
 from spd_fast.model import DecomposedModel
-from spd_fast.train import Config, parse_config
+from spd_fast.train import Config
 
 __all__ = [
     "Activity",
@@ -62,7 +64,7 @@ class Facts:
     neurons: NeuronContributions | None
 
     @property
-    def config(self) -> Config:
+    def config(self) -> AnyConfig:
         return self.run.config
 
     @property
@@ -161,13 +163,13 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def recipe_changes(config: Config) -> list[tuple[str, str, str]] | None:
+def recipe_changes(config: AnyConfig) -> list[tuple[str, str, str]] | None:
     """Settings that differ from the shipped recipe of the same name: (key, recipe's, this run's);
     None where there is no such recipe. The seed is not a difference, nor is how often to log."""
     if config.name not in recipes():
         return None
     ours = _flat(config.model_dump(mode="json"))
-    theirs = _flat(parse_config(recipe(config.name)).model_dump(mode="json"))
+    theirs = _flat(configuration(recipe(config.name)).model_dump(mode="json"))
     aside = {"seed", "log_every", "checkpoint_every", "keep_checkpoints"}
     keys = [k for k in {**theirs, **ours} if k not in aside and theirs.get(k) != ours.get(k)]
     return [(k, str(theirs.get(k, "—")), str(ours.get(k, "—"))) for k in keys]
@@ -178,10 +180,18 @@ def _neurons(model: DecomposedModel, config: Config) -> int:
     return sum(s.components for s in model.sites.values()) * max(sum(config.ci_hidden), 1)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the components did: ``probes`` as in :class:`Facts`, ``activity`` over ``samples``."""
+
+    probes: dict[str, NDArray[np.floating]]
+    activity: dict[str, Activity]
+    samples: int
+
+
 @torch.no_grad()
-def _activity(run: Run) -> tuple[dict[str, Activity], int]:
+def _importances(model: DecomposedModel, config: Config) -> _Seen:
     """Importances over the evaluation data, in chunks that keep the memory small."""
-    config, model = run.config, run.model
     device = next(model.parameters()).device
     cost = _neurons(model, config)
     samples = int(min(max(NEURON_BUDGET // cost, 512), EVALUATION_BATCH))
@@ -194,21 +204,46 @@ def _activity(run: Run) -> tuple[dict[str, Activity], int]:
             values = site.lower.float().clamp(0, 1)
             sums[name] += values.double().sum(dim=0).cpu().numpy()
             histograms[name] += torch.histc(values.cpu(), BINS, 0, 1).long().numpy()
-    return {n: Activity(sums[n] / samples, histograms[n]) for n in model.sites}, samples
+    activity = {n: Activity(sums[n] / samples, histograms[n]) for n in model.sites}
+    return _Seen(probe_importances(model, config.target.features), activity, samples)
+
+
+def _kept(model: APDModel, config: APDConfig) -> _Seen:
+    """The same for APD, whose components are kept (1) or not (0) at all sites together."""
+    device = next(model.parameters()).device
+    data = targets.feature_data(
+        config.target, EVALUATION_BATCH, config.seed, "evaluate", str(device)
+    )
+    found = on_data(model, data(0), config.top_k)
+    kept = found.kept.float().cpu()
+    everywhere = Activity(
+        kept.double().mean(dim=0).numpy(), torch.histc(kept, BINS, 0, 1).long().numpy()
+    )
+    probes = probe_shares(model, config.target.features, found.threshold)
+    return _Seen(probes, dict.fromkeys(model.sites, everywhere), len(kept))
+
+
+def _seen(run: Run) -> _Seen:
+    config, model = run.config, run.model
+    if isinstance(model, APDModel):
+        assert isinstance(config, APDConfig)
+        return _kept(model, config)
+    assert isinstance(config, Config)
+    return _importances(model, config)
 
 
 def gather(run: Run) -> Facts:
     """Read the run's folder and measure what it does not hold."""
     held = run.folder / "env.json"
-    activity, samples = _activity(run)
+    seen = _seen(run)
     return Facts(
         run=run,
         evaluation=run.evaluation(),
         metrics=run.metrics(),
         environment=json.loads(held.read_text(encoding="utf-8")) if held.exists() else {},
         expected=expected_sites(run.config),
-        probes=probe_importances(run.model, run.config.target.features),
-        activity=activity,
-        samples=samples,
+        probes=seen.probes,
+        activity=seen.activity,
+        samples=seen.samples,
         neurons=contributions(run),
     )

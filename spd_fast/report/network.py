@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from spd_fast.evaluate import live, match_weights
 from spd_fast.evaluate.ground_truth import permute_identity
-from spd_fast.model import DecomposedModel
+from spd_fast.experiments.measures import AnyModel, match
 from spd_fast.report.importances import colorbar
 from spd_fast.report.style import (
     DIVERGING,
@@ -49,13 +47,12 @@ Matrix = NDArray[np.floating]
 class Decomposition:
     """One site's weight and components, as arrays in float64.
 
-    ``weight`` [d_out, d_in]; V [d_in, C]; U [C, d_out]; ``order``: components by ‖u_c‖ ‖v_c‖,
+    ``weight`` [d_out, d_in]; ``matrices`` P [C, d_out, d_in]; ``order``: components by ‖P_c‖,
     largest first; per input feature the ``best`` component, its ``cosine`` and length ``ratio``.
     """
 
     weight: Matrix
-    V: Matrix
-    U: Matrix
+    matrices: Matrix
     order: NDArray[np.intp]
     best: NDArray[np.integer]
     cosine: Matrix
@@ -63,8 +60,8 @@ class Decomposition:
 
     @property
     def total(self) -> Matrix:
-        """Σ_c u_c V_cᵀ [d_out, d_in]."""
-        return (self.V @ self.U).T
+        """Σ_c P_c [d_out, d_in]."""
+        return self.matrices.sum(axis=0)
 
     @property
     def planar(self) -> bool:
@@ -72,13 +69,12 @@ class Decomposition:
         return self.weight.shape[0] == 2 and self.weight.shape[1] <= MAX_ARROWS
 
     def component(self, c: int) -> Matrix:
-        """u_c V_cᵀ [d_out, d_in]."""
-        return np.outer(self.U[c], self.V[:, c])
+        """P_c [d_out, d_in]: u_c V_cᵀ in SPD."""
+        return self.matrices[c]
 
     def rest(self, shown: int) -> Matrix:
         """The sum of all but the ``shown`` largest components."""
-        left = self.order[shown:]
-        return (self.V[:, left] @ self.U[left]).T
+        return self.matrices[self.order[shown:]].sum(axis=0)
 
     def label(self, c: int) -> str:
         """Which features this component is the best match of."""
@@ -90,15 +86,14 @@ class Decomposition:
         return f"feature {', '.join(map(str, features))}"
 
 
-def decomposition(model: DecomposedModel, site: str, probe: Matrix) -> Decomposition:
+def decomposition(model: AnyModel, site: str, probe: Matrix) -> Decomposition:
     """Read one site; ``probe``: its importances on single features, which say who is live."""
-    V, U, weight = model.V(site), model.U(site), model.sites[site].weight
-    match = match_weights(V, U, weight, torch.from_numpy(live(probe)).to(V.device))
-    v, u, w = (t.detach().double().cpu().numpy() for t in (V, U, weight))
-    size = np.linalg.norm(v, axis=0) * np.linalg.norm(u, axis=1)
+    matched, weight = match(model, site, probe), model.sites[site].weight
+    matrices, w = (t.detach().double().cpu().numpy() for t in (model.matrices(site), weight))
     return Decomposition(
-        w, v, u, np.argsort(-size, kind="stable"),
-        match.component.cpu().numpy(), match.cosine.cpu().numpy(), match.ratio.cpu().numpy(),
+        w, matrices, np.argsort(-np.linalg.norm(matrices, axis=(1, 2)), kind="stable"),
+        matched.component.cpu().numpy(), matched.cosine.cpu().numpy(),
+        matched.ratio.cpu().numpy(),
     )  # fmt: skip
 
 
@@ -144,12 +139,12 @@ def arrow_panels(
     w = site.weight
     panels: list[tuple[str, str, Matrix, Matrix | None, bool]] = [
         ("Target", "columns of W", w, None, True),
-        ("Sum", f"all {site.V.shape[1]} components", site.total, w, False),
+        ("Sum", f"all {len(site.matrices)} components", site.total, w, False),
     ]
     for c in site.order[:shown]:
         note = (site.label(c) or "best for no feature") if alone else ""
         panels.append((f"Component {c}", note, site.component(c), w, False))
-    left = site.V.shape[1] - shown
+    left = len(site.matrices) - shown
     if left > 0:
         panels.append(("The rest", f"other {left}, summed", site.rest(shown), w, False))
     return panels
@@ -249,8 +244,8 @@ def component_maps(site: Decomposition, shown: int) -> Figure:
 
 
 def column_lengths(site: Decomposition, known: int) -> Figure:
-    """‖u_c V_jc‖ over ‖W_:j‖ of the components (rows, permuted) at every input feature."""
-    lengths = np.abs(site.V) * np.linalg.norm(site.U, axis=1)  # [d_in, C]
+    """‖P_c[:, j]‖ over ‖W_:j‖ of the components (rows, permuted) at every input feature."""
+    lengths = np.linalg.norm(site.matrices, axis=1).T  # [d_in, C]
     lengths /= np.maximum(np.linalg.norm(site.weight, axis=0), 1e-12)[:, None]
     order = permute_identity(lengths)
     rows = min(lengths.shape[1], known + max(known // 4, 3))

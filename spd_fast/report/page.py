@@ -13,7 +13,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from spd_fast._files import write_bytes
+from spd_fast.baselines import APDConfig
 from spd_fast.experiments import Run
+from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.report import bars, curves, importances, network, neurons
 from spd_fast.report.facts import (
     Facts,
@@ -25,13 +27,21 @@ from spd_fast.report.facts import (
     verdict,
 )
 from spd_fast.report.style import LIGHT_AND_DARK, Picture, drawing, png, svg
-from spd_fast.report.table import PAPER, PAPER_APD, mean_and_spread, results_table
+from spd_fast.report.table import (
+    APD,
+    PAPER,
+    PAPER_APD,
+    mean_and_spread,
+    paper_values,
+    results_table,
+)
 from spd_fast.train.config import TMSTarget
 
 __all__ = ["write_report"]
 
 LARGEST = 6
 MASKS = {
+    "topk": ("kept", "the components that the sample's attributions keep"),
     "unmasked": ("all one", "every component on: m = 1"),
     "ci": ("importances", "m = g"),
     "stochastic": ("stochastic", "m = g + (1 − g) r, r uniform"),
@@ -118,19 +128,28 @@ def _network(facts: Facts, album: Album) -> list[dict[str, Any]]:
     return drawings
 
 
+def _in_table1(config: AnyConfig) -> bool:
+    """Whether the network is one of table 1, by whichever method."""
+    return config.name.removeprefix(APD) in PAPER
+
+
 def _matches(facts: Facts, album: Album) -> Picture | None:
-    """The figure behind table 1, for the runs that are in it."""
-    if facts.config.name not in PAPER or "linear1" not in facts.run.model.sites:
+    """The figure behind table 1, for the networks that are in it."""
+    if not _in_table1(facts.config) or "linear1" not in facts.run.model.sites:
         return None
-    paper = mean_and_spread(PAPER[facts.config.name][1])
+    values = paper_values(facts.config.name)
+    paper = None if values is None else mean_and_spread(values[1])
     fig = network.matches(
         network.decomposition(facts.run.model, "linear1", facts.probes["linear1"]), paper
     )
+    band, near = "", ""
+    if paper is not None:
+        band = "The orange band is the paper's mean and spread of the length. "
+        near = ", and in or near the band below"
     return album.add(
         "table1", fig, "Feature by feature at linear1",
-        "Of the live component that matches each feature's column best. The orange band is the "
-        "paper's mean and spread of the length. Good: every dot on the dotted line above, and in "
-        "or near the band below; lengths well under 1 are the shrinkage SPD is meant to end.",
+        f"Of the live component that matches each feature's column best. {band}Good: every dot on "
+        f"the dotted line above{near}; lengths well under 1 are the shrinkage SPD is meant to end.",
     )  # fmt: skip
 
 
@@ -309,7 +328,7 @@ def _table1(facts: Facts) -> list[dict[str, Any]]:
         for name, paper in PAPER.items():
             ours = None
             site = facts.evaluation["sites"].get("linear1")
-            if name == facts.config.name and site is not None:
+            if facts.config.name.removeprefix(APD) == name and site is not None:
                 digits = 4 if key == "mmcs" else 3
                 ours = f"{site[key]:.{digits}f} ± {site[f'{key}_std']:.{digits}f}"
             rows.append(
@@ -390,6 +409,7 @@ def write_report(run: Run) -> Path:
         }  # fmt: skip
     changes, rows = recipe_changes(config), _site_rows(facts)
     context |= {
+        "apd": isinstance(config, APDConfig),
         "name": config.name,
         "seed": config.seed,
         "verdict": verdict(evaluation),
@@ -399,7 +419,7 @@ def write_report(run: Run) -> Path:
         "evaluation": evaluation,
         "site_rows": rows,
         "by_feature": any(row["MMCS"] != "—" for row in rows),
-        "table1": _table1(facts) if config.name in PAPER else None,
+        "table1": _table1(facts) if _in_table1(config) else None,
         "reconstruction": [
             (*MASKS.get(k, (k, "")), number(evaluation["reconstruction"][k]))
             for k in (*MASKS, *sorted(set(evaluation["reconstruction"]) - set(MASKS)))

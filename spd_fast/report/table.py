@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["PAPER", "PAPER_APD", "mean_and_spread", "results_table", "seeds_summary"]
+__all__ = [
+    "APD",
+    "PAPER",
+    "PAPER_APD",
+    "mean_and_spread",
+    "paper_values",
+    "results_table",
+    "seeds_summary",
+]
 
 # arXiv 2506.20790, table 1: experiment → (MMCS ±, ML2R ±), on linear1, over features of one run.
 PAPER: dict[str, tuple[str, str]] = {
@@ -19,10 +27,19 @@ PAPER_APD: dict[str, tuple[str, str]] = {
     "tms_5-2": ("0.998", "0.893 ± .004"),
     "tms_40-10": ("0.996 ± .003", "0.935 ± .001"),
 }
+# How the names of APD's experiments begin.
+APD = "apd/"
 HEADER = (
     "experiment", "seed", "recovered", "MMCS paper", "MMCS ours", "ML2R paper", "ML2R ours",
     "live", "steps", "time",
 )  # fmt: skip
+
+
+def paper_values(name: str) -> tuple[str, str] | None:
+    """The paper's (MMCS ±, ML2R ±) of an experiment by SPD or APD, None where it has none."""
+    if name.startswith(APD):
+        return PAPER_APD.get(name.removeprefix(APD))
+    return PAPER.get(name)
 
 
 def mean_and_spread(text: str) -> tuple[float, float]:
@@ -38,8 +55,10 @@ def _duration(seconds: float) -> str:
 
 def _row(evaluation: dict[str, Any]) -> tuple[str, ...]:
     name, sites = evaluation["name"], evaluation["sites"]
-    paper_mmcs, paper_ml2r = PAPER.get(name, ("—", "—"))
-    first = sites.get("linear1") if name in PAPER else None
+    paper = paper_values(name)
+    paper_mmcs, paper_ml2r = paper or ("—", "—")
+    # Where the paper gives none, APD's row still has the paper's measures.
+    first = sites.get("linear1") if paper or name.startswith(APD) else None
     if first is None:
         mmcs = ml2r = "—"
     else:

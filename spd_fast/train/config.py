@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
@@ -37,8 +37,12 @@ __all__ = [
     "WarmUpConfig",
     "load_config",
     "parse_config",
+    "plain_name",
     "set_keys",
+    "validate",
 ]
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 # What a preset decides. `paper`: the code that made the figures of arXiv 2506.20790.
 # `2026`: the authors' later torch version.
@@ -62,8 +66,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _plain_name(value: str) -> str:
-    # It becomes a folder's name and a page's title.
+def plain_name(value: str) -> str:
+    """``value``, a run's name, checked: it becomes a folder's name and a page's title."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", value):
         raise PydanticCustomError(
             "name", "input should be one word of letters, digits and _ . + -, at most 100 long"
@@ -159,7 +163,7 @@ class TrainConfig(LoopConfig):
 class Config(TrainConfig):
     """A whole run: target, sites, model and training."""
 
-    name: Annotated[str, AfterValidator(_plain_name)]
+    name: Annotated[str, AfterValidator(plain_name)]
     preset: Annotated[Literal["paper", "2026"], NAME]
     target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
     sites: Annotated[dict[str, Count], Field(min_length=1)]
@@ -201,9 +205,9 @@ def _kind(model: type[BaseModel]) -> Any:
     return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
-def _fields_at(path: tuple[Any, ...]) -> list[str]:
-    """Valid keys of the (nested) configuration object at ``path``."""
-    models: list[type[BaseModel]] = [Config]
+def _fields_at(path: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
+    """Valid keys of the (nested) object at ``path`` of a configuration of this kind."""
+    models: list[type[BaseModel]] = [kind]
     for key in path:
         if key in _TAGS:
             models = [m for m in models if _kind(m) in (None, key)]
@@ -222,13 +226,13 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxlong = 2, 3, 80, 80
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     # A mistyped key or no preset is often why others are missing: it comes first.
     first = min(error.errors(), key=lambda e: e["type"] == "missing" and e["loc"] != ("preset",))
     path = tuple(first["loc"])
     name = ".".join(str(p) for p in path if p not in _TAGS) or "configuration"
     if first["type"] == "extra_forbidden":
-        close = nearest(str(path[-1]), _fields_at(path[:-1]), n=1)
+        close = nearest(str(path[-1]), _fields_at(path[:-1], kind), n=1)
         return f"unknown key {name!r}; nearest valid key: {close}"
     if first["type"] == "missing":
         return f"missing key {name!r}"
@@ -237,8 +241,8 @@ def _one_line(error: ValidationError) -> str:
     return f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{shown}"
 
 
-def parse_config(data: Any) -> Config:
-    """Validate a mapping.
+def validate(data: Any, kind: type[ModelT]) -> ModelT:
+    """Validate a mapping as a configuration of this kind.
 
     Raises:
         UserError: one line naming the key, what was given, and what is needed.
@@ -246,9 +250,14 @@ def parse_config(data: Any) -> Config:
     if not isinstance(data, Mapping):
         raise UserError(f"a configuration is a mapping of keys, got {type(data).__name__}")
     try:
-        return Config.model_validate(dict(data))
+        return kind.model_validate(dict(data))
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(_one_line(error, kind)) from None
+
+
+def parse_config(data: Any) -> Config:
+    """Validate a mapping as a configuration of SPD; see :func:`validate`."""
+    return validate(data, Config)
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spd_fast.evaluate import match_weights, mechanism_cosines
+from spd_fast.evaluate import match_matrices, match_weights, mechanism_cosines
 from tests.checks import normal
 
 
@@ -160,3 +160,29 @@ def test_a_component_that_serves_two_features_is_the_mechanism_of_neither():
 def test_components_of_nothing_are_no_mechanisms():
     assert mechanism_cosines(torch.zeros(2, 3, 4), normal(1, 3, 4)).tolist() == [0] * 4
     assert mechanism_cosines(torch.ones(1, 2, 2), torch.zeros(2, 2)).tolist() == [0, 0]
+
+
+def test_matrices_of_rank_one_match_as_their_factors_do():
+    V, U, weight = normal(0, 6, 4), normal(1, 4, 3), normal(2, 3, 6)
+    by_factors = match_weights(V, U, weight)
+    by_matrices = match_matrices(torch.einsum("ic,co->coi", V, U), weight)
+    assert torch.equal(by_matrices.component, by_factors.component)
+    torch.testing.assert_close(by_matrices.cosine, by_factors.cosine)
+    torch.testing.assert_close(by_matrices.ratio, by_factors.ratio)
+
+
+def test_a_matrix_matches_column_by_column():
+    weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    whole = torch.tensor([[[0.5, 9.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 1.0]]])
+    found = match_matrices(whole, weight)
+    assert found.component.tolist() == [0, 1]
+    assert found.cosine.tolist() == [1, 1]
+    assert found.ratio.tolist() == [0.5, 0.5]
+
+
+def test_only_the_matrices_asked_for_match():
+    weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    whole = torch.stack([1e-5 * weight, 0.5 * weight, normal(0, 2, 2).float()])
+    found = match_matrices(whole, weight, torch.tensor([False, True, True]))
+    assert found.component.tolist() == [1, 1]
+    assert found.ratio.tolist() == [0.5, 0.5]

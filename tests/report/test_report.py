@@ -14,7 +14,7 @@ from PIL import Image
 
 from spd_fast.errors import UserError
 from spd_fast.evaluate import Expected
-from spd_fast.experiments import Run, load_run, recipe, run
+from spd_fast.experiments import Run, configuration, load_run, recipe, run
 from spd_fast.report import results_table, write_report
 from spd_fast.report.facts import count, duration, number, recipe_changes, verdict
 from spd_fast.report.importances import contradictions, shown_columns
@@ -23,7 +23,6 @@ from spd_fast.report.table import PAPER, mean_and_spread
 from spd_fast.train import parse_config, set_keys
 
 COMMON = [
-    "ci_hidden=[3]",
     "batch_size=64",
     "target.steps=8",
     "target.batch_size=32",
@@ -31,9 +30,17 @@ COMMON = [
 ]
 # tms_40-10-id logs a single line.
 TINY = {
-    "tms_5-2": ["steps=4", "log_every=1", "target.starts=1", "sites.linear1=7", "sites.linear2=7"],
+    "tms_5-2": [
+        "steps=4",
+        "log_every=1",
+        "target.starts=1",
+        "ci_hidden=[3]",
+        "sites.linear1=7",
+        "sites.linear2=7",
+    ],
     "tms_40-10-id": [
         "steps=1",
+        "ci_hidden=[3]",
         "target.starts=1",
         "sites.linear1=50",
         "sites.hidden_layers.0=12",
@@ -42,10 +49,14 @@ TINY = {
     "resid_mlp2": [
         "steps=2",
         "log_every=1",
+        "ci_hidden=[3]",
         "target.d_embed=40",
         "sites.layers.*.mlp_in=110",
         "sites.layers.*.mlp_out=40",
     ],
+    "apd/tms_5-2": ["steps=4", "log_every=1", "target.starts=1"],
+    "apd/tms_40-10-id": ["steps=1", "target.starts=1", "rank=2"],
+    "apd/resid_mlp2": ["steps=2", "log_every=1", "target.d_embed=40", "components=20", "rank=2"],
 }
 KINDS = list(TINY)
 
@@ -55,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """A finished run of every kind of target, with its report."""
     made = {}
     for name, changes in TINY.items():
-        config = parse_config(set_keys(recipe(name), COMMON + changes))
+        config = configuration(set_keys(recipe(name), COMMON + changes))
         made[name] = run(
             config, tmp_path_factory.mktemp("runs") / name, device="cpu", backend="reference",
             quiet=True, say=lambda _: None,
@@ -152,7 +163,7 @@ def test_page_holds_the_evaluation(finished: Run) -> None:
     assert json.loads(raw[1].replace("&#34;", '"')) == evaluation
 
 
-@pytest.mark.parametrize("name", ["tms_5-2", "tms_40-10-id"])
+@pytest.mark.parametrize("name", ["tms_5-2", "tms_40-10-id", "apd/tms_5-2", "apd/tms_40-10-id"])
 def test_page_shows_the_papers_table(runs: dict[str, Run], name: str) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page(runs[name])))
     for experiment, values in PAPER.items():

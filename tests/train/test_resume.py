@@ -19,9 +19,9 @@ PROGRAM = f"""
 import sys
 from pathlib import Path
 from spd_fast import experiments
-from spd_fast.train import parse_config, set_keys
+from spd_fast.train import set_keys
 
-config = parse_config(set_keys(experiments.recipe("tms_5-2"), [
+config = experiments.configuration(set_keys(experiments.recipe(sys.argv[2]), [
     "seed=3", "steps={STEPS}", "checkpoint_every={EVERY}", "log_every=10", "batch_size=64",
     "target.steps=100", "target.batch_size=64", "target.starts=2",
 ]))
@@ -29,9 +29,9 @@ experiments.run(config, Path(sys.argv[1]), quiet=True, resume=True)
 """
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
+def start(out: Path, experiment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(out)],
+        [sys.executable, "-c", PROGRAM, str(out), experiment],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -68,15 +68,16 @@ def evaluation(out: Path) -> dict:
     return {k: v for k, v in found.items() if k not in TIMING}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["tms_5-2", "apd/tms_5-2"])
+def runs(request, tmp_path_factory) -> tuple[Path, Path]:
     """One run left alone, one killed twice."""
+    experiment = request.param
     folder = tmp_path_factory.mktemp("runs")
     alone, resumed = folder / "alone", folder / "resumed"
-    whole = start(alone)
-    kill_after(start(resumed), resumed, 3 * EVERY)
-    kill_after(start(resumed), resumed, 7 * EVERY)
-    finish(start(resumed))
+    whole = start(alone, experiment)
+    kill_after(start(resumed, experiment), resumed, 3 * EVERY)
+    kill_after(start(resumed, experiment), resumed, 7 * EVERY)
+    finish(start(resumed, experiment))
     finish(whole)
     return alone, resumed
 

@@ -1,0 +1,378 @@
+"""APD's components and attributions (Braun et al. 2025, arXiv 2501.14926).
+
+A component c spans every site: at site l it is a whole matrix P_cl = A_cl B_cl of inner rank m, and
+a sample uses the few components to which the target's own outputs are attributed.
+
+Cost of a step in multiply-adds, for N samples, C components, O outputs, K = k N kept pairs
+(sample, component) and R rows of the most used component (K / C ≤ R ≤ N), summed over sites:
+
+    attributions     N C m (d_in + d_out) + N O C d_out, and O backward passes through the target,
+                     batched; at a site after which the target is linear, N C m (d_in + O) +
+                     C m d_out O instead
+    kept forward     C R m (d_in + d_out), thrice with its backward; dense it would have N in
+                     place of R
+    faithfulness     3 C m d_in d_out
+
+Memory: C m (d_in + d_out) parameters a site, with gradients and two Adam moments four times that;
+C R (d_in + m + d_out) for the kept forward; attributions take rows in chunks that hold at most
+:data:`CHUNK` numbers. On a GPU the host waits twice a step, for R and for the test of linearity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spd_fast import ops
+from spd_fast._seeds import mixed_seed
+from spd_fast.errors import UserError
+from spd_fast.model.replay import overridden_forwards
+from spd_fast.model.sites import Site, SiteModel, resolve_sites
+
+__all__ = ["CHUNK", "APDModel", "Attributed", "batch_topk", "routes"]
+
+# Numbers that the attributions of one chunk of rows may hold: 256 MB in float32.
+CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """The target's own forward on N samples.
+
+    Attributes:
+        output: [N, O]. outputs: site → its clean output, bias included, [N, d_out].
+        inputs: site → x [N, d_in].
+        attributions: a [N, C].
+    """
+
+    output: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    attributions: Tensor
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """As in :class:`Attributed`, and site → ∂f/∂post [O, N, d_out]."""
+
+    output: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+class _Factors(nn.Module):
+    """The parameters A [C, d_in, m] and B [C, m, d_out] of one site.
+
+    Initialised by torch's Xavier rule for tensors of these shapes, as in the authors' code: A has
+    variance 2 / (m (d_in + C)), B 2 / (d_out (m + C)).
+    """
+
+    def __init__(self, site: Site, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        C = site.components
+        # In memory [d_in, C, m]: the sum over components is then one matrix product.
+        A = torch.randn(site.d_in, C, rank, generator=generator).transpose(0, 1)
+        B = torch.randn(C, rank, site.d_out, generator=generator)
+        A = A * (2 / (rank * (site.d_in + C))) ** 0.5
+        B = B * (2 / (site.d_out * (rank + C))) ** 0.5
+        self.A = nn.Parameter(A.to(site.weight))
+        self.B = nn.Parameter(B.to(site.weight))
+
+
+def batch_topk(attributions: Tensor, k: float) -> Tensor:
+    """Which of the attributions [N, C] are among the ⌊k N⌋ largest of them all: bool [N, C].
+
+    Exactly that many are kept: of equal ones the first in row order. No gradient passes.
+    """
+    flat = attributions.detach().flatten()
+    count = min(int(k * attributions.shape[0] + 1e-9), flat.numel())
+    if count == 0:
+        return torch.zeros_like(attributions, dtype=torch.bool)
+    least = flat.topk(count, sorted=False).values.min()
+    above, equal = flat > least, flat == least
+    kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
+    return kept.view(attributions.shape)
+
+
+def routes(kept: Tensor) -> Tensor:
+    """For every component the rows that keep it, from bool [N, C]: int64 [C, R], filled up with N.
+
+    R is the largest number of rows that keep the same component.
+    """
+    N, C = kept.shape
+    counts = kept.sum(dim=0)
+    component, row = kept.T.nonzero(as_tuple=True)
+    slot = torch.arange(len(row), device=kept.device) - (counts.cumsum(0) - counts)[component]
+    rows = row.new_full((C, int(counts.max())), N)
+    rows[component, slot] = row
+    return rows
+
+
+def _same_for_every_row(gradient: Tensor) -> bool:
+    """Whether ∂f/∂post [O, N, d_out] is one matrix: what follows the site is linear."""
+    return gradient.shape[1] > 1 and torch.equal(gradient, gradient[:, :1].expand_as(gradient))
+
+
+class APDModel(SiteModel):
+    """A target and C components, each a matrix A_cl B_cl at every site l.
+
+    The target stays outside the module tree and is frozen; its biases are kept as they are. A site
+    tied to another has no parameters: there A' = Bᵀ and B' = Aᵀ.
+
+    Args:
+        target: a network from [N, features] to [N, O] with ``nn.Linear`` submodules.
+        sites: dotted module path or glob → C, the same everywhere.
+        rank: inner rank m, or None for the rank of each site's matrix plus ``extra_rank``.
+        extra_rank: see ``rank``.
+        seed: of the initialisation.
+        backend: who computes faithfulness.
+
+    Raises:
+        UserError: a pattern without match, or sites of different C.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        sites: Mapping[str, int],
+        *,
+        rank: int | None = None,
+        extra_rank: int = 0,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "target", target)
+        target.requires_grad_(False)
+        self.sites = resolve_sites(target, sites)
+        self._submodules = {name: target.get_submodule(name) for name in self.sites}
+        counts = {name: site.components for name, site in self.sites.items()}
+        if len(set(counts.values())) != 1:
+            raise UserError(f"APD's components span all sites, which need the same C, got {counts}")
+        self.components = next(iter(counts.values()))
+        self.options = {"rank": rank, "extra_rank": extra_rank, "seed": seed}
+        self.backend = backend
+        generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise components"))
+        self.factors = nn.ModuleDict()
+        for name, site in self.sites.items():
+            if site.tied_to is None:
+                m = min(site.d_in, site.d_out) + extra_rank if rank is None else rank
+                self.factors[name.replace(".", "-")] = _Factors(site, m, generator)
+
+    def _factors(self, site: str) -> tuple[Tensor, Tensor]:
+        owner = self.sites[site].tied_to
+        factors = self.factors[(owner or site).replace(".", "-")]
+        A, B = factors.A, factors.B
+        assert isinstance(A, Tensor)
+        assert isinstance(B, Tensor)
+        return (A, B) if owner is None else (B.mT, A.mT)
+
+    def A(self, site: str) -> Tensor:
+        """[C, d_in, m]."""
+        return self._factors(site)[0]
+
+    def B(self, site: str) -> Tensor:
+        """[C, m, d_out]."""
+        return self._factors(site)[1]
+
+    def V(self, site: str) -> Tensor:
+        """A with all components side by side, [d_in, C·m]: Σ_c A_c B_c = V U."""
+        A = self.A(site).transpose(0, 1)
+        return A.reshape(A.shape[0], -1)
+
+    def U(self, site: str) -> Tensor:
+        """B with all components one below the other, [C·m, d_out]."""
+        return self.B(site).flatten(0, 1)
+
+    def matrices(self, site: str) -> Tensor:
+        """(A_c B_c)ᵀ of every component, [C, d_out, d_in]."""
+        return torch.bmm(self.A(site), self.B(site)).mT
+
+    def component_outputs(self, site: str, x: Tensor) -> Tensor:
+        """P_c x of every component, [N, C, d_out], in float64."""
+        inner = torch.einsum("ni,cim->ncm", x.double(), self.A(site).double())
+        return torch.einsum("ncm,cmo->nco", inner, self.B(site).double())
+
+    def faithfulness(self) -> dict[str, Tensor]:
+        """Site name → ‖W − (Σ_c A_c B_c)ᵀ‖²."""
+        found: dict[str, Tensor] = {}
+        for name, site in self.sites.items():
+            if site.tied_to is None:
+                found[name] = ops.faithfulness(
+                    self.V(name), self.U(name), site.weight, backend=self.backend
+                )
+            else:  # the owner's, transposed
+                found[name] = found[site.tied_to]
+        return found
+
+    def free_sites(self) -> dict[str, int]:
+        """Sites with parameters of their own → how many sites share them."""
+        return {
+            name: 1 + sum(s.tied_to == name for s in self.sites.values())
+            for name, site in self.sites.items()
+            if site.tied_to is None
+        }
+
+    def attribute(self, batch: Tensor) -> Attributed:
+        """The target's forward on ``batch`` [N, features], and the gradient attributions
+        a_c = Σ_o (Σ_l ∂f_o/∂post_l · (P_cl pre_l))²: the derivative of every output f_o in the
+        direction in which component c moves all sites' outputs at once (METHOD §7).
+        """
+        with torch.no_grad():
+            outputs = self.target(batch[:1]).shape[-1]
+        width = sum(site.d_out for site in self.sites.values())
+        C = self.components
+        ranks = sum(self.B(name).shape[1] for name in self.sites)
+        per_row = (outputs + C) * width + outputs * C + C * ranks
+        parts = [self._attribute(part) for part in batch.split(max(CHUNK // per_row, 1))]
+        if len(parts) == 1:
+            return parts[0]
+        return Attributed(
+            torch.cat([p.output for p in parts]),
+            {n: torch.cat([p.inputs[n] for p in parts]) for n in self.sites},
+            {n: torch.cat([p.outputs[n] for p in parts]) for n in self.sites},
+            torch.cat([p.attributions for p in parts]),
+        )
+
+    def _attribute(self, batch: Tensor) -> Attributed:
+        slopes = self._slopes(batch)
+        total = slopes.output.new_zeros(*slopes.output.shape, self.components)
+        for name in slopes.outputs:
+            total += self._directional(name, slopes)
+        return Attributed(slopes.output, slopes.inputs, slopes.outputs, total.square_().sum(dim=1))
+
+    @torch.no_grad()
+    def shares(self, batch: Tensor) -> dict[str, Tensor]:
+        """Site → how much of the site's effect on the outputs each component has, [N, C].
+
+        With D_c = ∂f/∂post · (P_c pre) and D = ∂f/∂post · (W pre), both [O]: ⟨D_c, D⟩ / ‖D‖²; the
+        components of a faithful decomposition add up to 1. 0 where the site has no effect.
+        """
+        slopes = self._slopes(batch)
+        found = {}
+        for name, site in self.sites.items():
+            parts = self._directional(name, slopes)  # [N, O, C]
+            whole = torch.einsum(
+                "ond,nd->no", slopes.gradients[name], slopes.inputs[name] @ site.weight.T
+            )
+            size = whole.square().sum(dim=1, keepdim=True)
+            share = torch.einsum("noc,no->nc", parts, whole) / size
+            found[name] = torch.where(size > 0, share, 0)
+        return found
+
+    def _slopes(self, batch: Tensor) -> _Slopes:
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def captured(name: str, site: Site) -> Callable[[Tensor], Tensor]:
+            def forward(x: Tensor) -> Tensor:
+                y = F.linear(x, site.weight, site.bias)
+                if not y.requires_grad:  # nothing before it does: a leaf of the graph
+                    y.requires_grad_()
+                inputs[name], outputs[name] = x.detach(), y
+                return y
+
+            return forward
+
+        forwards = {name: captured(name, site) for name, site in self.sites.items()}
+        with torch.enable_grad(), overridden_forwards(self._submodules, forwards):
+            output = self.target(batch)
+            summed = output.sum(dim=0)  # samples do not mix: each keeps its own gradient
+        picks = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
+        gradients = torch.autograd.grad(
+            summed, list(outputs.values()), picks, is_grads_batched=True
+        )
+        return _Slopes(
+            output.detach(),
+            inputs,
+            {n: y.detach() for n, y in outputs.items()},
+            dict(zip(outputs, gradients, strict=True)),
+        )
+
+    @torch.no_grad()
+    def _directional(self, name: str, slopes: _Slopes) -> Tensor:
+        """∂f_o/∂post · (P_c pre) for every sample, output and component, [N, O, C]."""
+        x, gradient, B = slopes.inputs[name], slopes.gradients[name], self.B(name)
+        C, m, _ = B.shape
+        inner = (x @ self.V(name)).view(-1, C, m).transpose(0, 1)  # [C, N, m]
+        if _same_for_every_row(gradient):
+            read = self.U(name) @ gradient[:, 0].T  # [C·m, O]
+            return torch.bmm(inner, read.view(C, m, -1)).permute(1, 2, 0)
+        moved = torch.bmm(inner, B)  # [C, N, d_out]
+        return torch.bmm(gradient.transpose(0, 1), moved.permute(1, 2, 0))
+
+    def kept_forward(self, batch: Tensor, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The target's output with each sample using its kept components alone at every site, and
+        every site's output. ``kept``: bool [N, C].
+
+        Components are applied to the rows that keep them, not masked out in the others.
+        """
+        rows, outputs = routes(kept), dict[str, Tensor]()
+
+        def routed(name: str, site: Site) -> Callable[[Tensor], Tensor]:
+            def forward(x: Tensor) -> Tensor:
+                N, C = kept.shape
+                padded = F.pad(x, (0, 0, 0, 1))  # row N, which fills up, is zero
+                own = padded.index_select(0, rows.flatten()).view(C, -1, site.d_in)
+                part = torch.bmm(torch.bmm(own, self.A(name)), self.B(name))  # [C, R, d_out]
+                y = x.new_zeros(N + 1, site.d_out)
+                y = y.index_add(0, rows.flatten(), part.flatten(0, 1))[:N]
+                outputs[name] = y if site.bias is None else y + site.bias
+                return outputs[name]
+
+            return forward
+
+        forwards = {name: routed(name, site) for name, site in self.sites.items()}
+        with overridden_forwards(self._submodules, forwards):
+            return self.target(batch), outputs
+
+    def whole_forward(self, batch: Tensor) -> Tensor:
+        """The target's output with the sum of all components at every site."""
+
+        def summed(name: str, site: Site) -> Callable[[Tensor], Tensor]:
+            return lambda x: F.linear(x, (self.V(name) @ self.U(name)).T, site.bias)
+
+        forwards = {name: summed(name, site) for name, site in self.sites.items()}
+        with overridden_forwards(self._submodules, forwards):
+            return self.target(batch)
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Scale every column A_clm to length 1 (zero stays zero)."""
+        for name in self.free_sites():
+            A = self.A(name)
+            A /= A.norm(dim=1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
+
+    @torch.no_grad()
+    def remove_parallel_gradients(self) -> None:
+        """Take from the gradient of every unit column A_clm its part along the column, which would
+        only change the length."""
+        for name in self.free_sites():
+            A = self.A(name)
+            if A.grad is not None:
+                A.grad -= A * (A * A.grad).sum(dim=1, keepdim=True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write A and B (never the target) into ``folder``."""
+        from spd_fast.baselines.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path, target: nn.Module, *, backend: str | None = None
+    ) -> APDModel:
+        """What :meth:`save_pretrained` wrote, on the same target.
+
+        Raises:
+            UserError: nothing readable there, or a target with other weights.
+        """
+        from spd_fast.baselines.pretrained import load_pretrained
+
+        return load_pretrained(folder, target, backend=backend)

@@ -1,0 +1,308 @@
+"""APD's components, attributions, selection and forwards, against sums over single samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spd_fast.baselines import APDModel, apd
+from spd_fast.baselines.apd import batch_topk, routes
+from spd_fast.errors import UserError
+from tests.baselines import naive
+from tests.baselines.naive import KINDS, make_batch, make_model, make_target
+
+ALL = pytest.mark.parametrize("kind", KINDS)
+
+
+# Parametrisation.
+
+
+@ALL
+def test_components_are_products_of_inner_rank(kind):
+    model = make_model(kind)
+    for name, site in model.sites.items():
+        m = min(site.d_in, site.d_out)
+        assert model.A(name).shape == (4, site.d_in, m)
+        assert model.B(name).shape == (4, m, site.d_out)
+        for c in range(4):
+            expected = naive.matrix(model, name, c).T
+            torch.testing.assert_close(model.matrices(name)[c], expected, rtol=1e-13, atol=1e-15)
+
+
+def test_extra_rank_adds_to_each_sites_own_and_rank_replaces_it():
+    assert make_model("tms", extra_rank=1).A("linear1").shape[2] == 3
+    assert make_model("mlp2", rank=1, extra_rank=1).A("layers.0.mlp_out").shape[2] == 1
+
+
+@ALL
+def test_side_by_side_the_factors_multiply_to_the_sum_of_all_components(kind):
+    model = make_model(kind)
+    for name in model.sites:
+        whole = sum(naive.matrix(model, name, c) for c in range(4))
+        torch.testing.assert_close(model.V(name) @ model.U(name), whole, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(model.total(name), whole.T, rtol=1e-12, atol=1e-14)
+
+
+def test_a_tied_site_is_the_transpose_and_has_no_parameters():
+    model = make_model("tms")
+    assert set(dict(model.named_parameters())) == {"factors.linear1.A", "factors.linear1.B"}
+    torch.testing.assert_close(
+        model.matrices("linear2"), model.matrices("linear1").mT, rtol=1e-13, atol=1e-15
+    )
+
+
+def test_the_initial_spread_is_xaviers():
+    torch.manual_seed(0)
+    model = APDModel(make_target("tms").float(), {"linear1": 300}, rank=40)
+    A, B = model.A("linear1").detach(), model.B("linear1").detach()
+    # torch takes dimension 1 as inputs, 0 as outputs and the rest as a receptive field.
+    for parameter in (A, B):
+        fan_in = parameter.shape[1] * parameter.shape[2]
+        fan_out = parameter.shape[0] * parameter.shape[2]
+        assert parameter.std().item() == pytest.approx((2 / (fan_in + fan_out)) ** 0.5, rel=0.02)
+
+
+def test_the_seed_decides_the_start():
+    def start(seed):
+        return APDModel(make_target("tms"), {"linear1": 2}, seed=seed).A("linear1")
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
+
+
+def test_components_span_all_sites():
+    with pytest.raises(
+        UserError, match=r"need the same C, got .*'linear1': 2, 'hidden_layers.0': 3"
+    ):
+        APDModel(make_target("tms-id"), {"linear1": 2, "hidden_layers.0": 3})
+
+
+def test_the_target_is_not_trained():
+    model = make_model("mlp2")
+    assert not any(p.requires_grad for p in model.target.parameters())
+    assert not any(p is q for p in model.parameters() for q in model.target.parameters())
+
+
+# Attributions.
+
+
+@ALL
+def test_attributions_are_those_of_single_samples_and_outputs(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    found = model.attribute(batch).attributions
+    torch.testing.assert_close(found, naive.attributions(model, batch), rtol=1e-11, atol=1e-13)
+
+
+@ALL
+def test_attributions_need_a_contribution_of_every_site(kind):
+    """Tied, identity and further layers all count: without one site the numbers are others."""
+    model, batch = make_model(kind), make_batch(kind)
+    whole = model.attribute(batch).attributions
+    for name in model.sites:
+        if model.sites[name].tied_to is not None:
+            continue
+        one = make_model(kind)
+        with torch.no_grad():
+            one.B(name).zero_()
+        assert not torch.allclose(one.attribute(batch).attributions, whole)
+
+
+@ALL
+@pytest.mark.parametrize("rows", [1, 3])
+def test_chunks_of_rows_change_nothing(kind, rows, monkeypatch):
+    model, batch = make_model(kind), make_batch(kind)
+    whole = model.attribute(batch)
+    seen = []
+    attribute = model._attribute
+    monkeypatch.setattr(model, "_attribute", lambda x: seen.append(len(x)) or attribute(x))
+    width = sum(site.d_out for site in model.sites.values())
+    ranks = sum(model.B(name).shape[1] for name in model.sites)
+    outputs = whole.output.shape[1]
+    per_row = (outputs + 4) * width + 4 * outputs + 4 * ranks
+    monkeypatch.setattr(apd, "CHUNK", rows * per_row)
+    parts = model.attribute(batch)
+    assert seen == [len(part) for part in batch.split(rows)]
+    for name in ("output", "attributions"):
+        torch.testing.assert_close(
+            getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-14
+        )
+    for name in model.sites:
+        for part, all_rows in ((parts.inputs, whole.inputs), (parts.outputs, whole.outputs)):
+            torch.testing.assert_close(part[name], all_rows[name], rtol=1e-12, atol=1e-14)
+
+
+def test_the_shortcut_is_taken_where_the_rest_is_linear_and_nowhere_else(monkeypatch):
+    model, batch = make_model("mlp2"), make_batch("mlp2")
+    taken = []
+    same = apd._same_for_every_row
+    monkeypatch.setattr(apd, "_same_for_every_row", lambda g: taken.append(same(g)) or taken[-1])
+    model.attribute(batch)
+    assert dict(zip(model.sites, taken, strict=True)) == {
+        "layers.0.mlp_in": False, "layers.0.mlp_out": False,
+        "layers.1.mlp_in": False, "layers.1.mlp_out": True,
+    }  # fmt: skip
+
+
+@ALL
+def test_the_clean_forward_is_the_targets(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    clean = model.attribute(batch)
+    torch.testing.assert_close(clean.output, model.target(batch), rtol=1e-13, atol=1e-14)
+    assert not clean.output.requires_grad
+    assert not clean.attributions.requires_grad
+    assert not any(y.requires_grad for y in clean.outputs.values())
+
+
+@ALL
+def test_shares_are_those_of_single_samples_and_outputs(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    found = model.shares(batch)
+    assert set(found) == set(model.sites)
+    for name, share in found.items():
+        torch.testing.assert_close(share, naive.shares(model, batch, name), rtol=1e-11, atol=1e-13)
+
+
+# Selection.
+
+
+def test_the_largest_of_the_whole_batch_are_kept():
+    a = torch.tensor([[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]])
+    assert batch_topk(a, 1.5).tolist() == [[True, True, True], [False, False, False]]
+    assert batch_topk(a, 2).tolist() == [[True, True, True], [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("k", "rows", "count"),
+    [(0.211, 2048, 432), (1.28, 256, 327), (0.29, 100, 29), (0.5, 3, 1), (0.1, 5, 0), (9, 4, 12)],
+)
+def test_how_many_are_kept_is_rounded_down(k, rows, count):
+    """0.29 · 100 is 28.999… in floating point; 9 · 4 is more than there are."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(rows, 3, generator=generator)
+    kept = batch_topk(a, k)
+    assert int(kept.sum()) == count
+    if 0 < count < a.numel():
+        assert a[kept].min() > a[~kept].max()
+
+
+def test_of_equal_attributions_the_first_are_kept_and_no_more():
+    a = torch.tensor([[0.0, 5.0], [5.0, 5.0], [7.0, 5.0]])
+    assert batch_topk(a, 1).tolist() == [[False, True], [True, False], [True, False]]
+    assert batch_topk(torch.zeros(3, 2), 1).tolist() == [
+        [True, True],
+        [True, False],
+        [False, False],
+    ]
+
+
+def test_no_gradient_passes_the_selection():
+    a = torch.rand(4, 3, requires_grad=True)
+    assert not batch_topk(a, 1).requires_grad
+
+
+def test_routes_list_the_rows_of_every_component():
+    kept = torch.tensor([[1, 0, 0], [1, 0, 1], [0, 0, 1], [1, 0, 0]]).bool()
+    assert routes(kept).tolist() == [[0, 1, 3], [4, 4, 4], [1, 2, 4]]
+    assert routes(torch.zeros(4, 3, dtype=torch.bool)).shape == (3, 0)
+
+
+# Forwards.
+
+
+def some_kept(rows: int, components: int = 4) -> torch.Tensor:
+    kept = torch.rand(rows, components, generator=torch.Generator().manual_seed(2)) < 0.4
+    kept[0], kept[1] = False, True
+    return kept
+
+
+@ALL
+def test_the_kept_forward_is_that_of_single_samples(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    kept = some_kept(len(batch))
+    output, outputs = model.kept_forward(batch, kept)
+    expected, posts = naive.kept_outputs(model, batch, kept)
+    naive.assert_same(model, output, expected)
+    assert set(outputs) == set(model.sites)
+    for name, y in outputs.items():
+        torch.testing.assert_close(y, posts[name], rtol=1e-12, atol=1e-14)
+
+
+@ALL
+@pytest.mark.parametrize("everything", [False, True])
+def test_nothing_or_everything_kept(kind, everything):
+    model, batch = make_model(kind), make_batch(kind)
+    kept = torch.full((len(batch), 4), everything)
+    output, _ = model.kept_forward(batch, kept)
+    expected, _ = naive.kept_outputs(model, batch, kept)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-14)
+    if everything:
+        torch.testing.assert_close(model.whole_forward(batch), expected, rtol=1e-12, atol=1e-13)
+
+
+# Unit norm.
+
+
+def columns(model: APDModel, name: str):
+    A = model.A(name)
+    return [A[c, :, m] for c in range(A.shape[0]) for m in range(A.shape[2])]
+
+
+@ALL
+def test_normalise_gives_every_column_length_one(kind):
+    model = make_model(kind)
+    before = {n: [a.detach().clone() for a in columns(model, n)] for n in model.free_sites()}
+    model.normalise()
+    for name, old in before.items():
+        for a, b in zip(columns(model, name), old, strict=True):
+            assert float(a.detach() @ a.detach()) == pytest.approx(1)
+            torch.testing.assert_close(a.detach(), b / b.norm())
+
+
+def test_a_zero_column_stays_zero():
+    model = make_model("tms")
+    with torch.no_grad():
+        model.A("linear1")[1, :, 0] = 0
+    model.normalise()
+    assert model.A("linear1")[1, :, 0].tolist() == [0] * 5
+    assert model.A("linear1").isfinite().all()
+
+
+@ALL
+def test_the_parallel_part_of_every_columns_gradient_is_removed(kind):
+    model = make_model(kind)
+    model.normalise()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {n: model.A(n).grad.clone() for n in model.free_sites()}
+    others = {n: model.B(n).grad.clone() for n in model.free_sites()}
+    model.remove_parallel_gradients()
+    for name in model.free_sites():
+        A, new = model.A(name).detach(), model.A(name).grad
+        for c in range(A.shape[0]):
+            for m in range(A.shape[2]):
+                a, old = A[c, :, m], before[name][c, :, m]
+                torch.testing.assert_close(new[c, :, m], old - (old @ a) * a)
+                assert abs(float(new[c, :, m] @ a)) < 1e-12
+        assert torch.equal(model.B(name).grad, others[name])
+
+
+# On disk.
+
+
+def test_a_model_comes_back_as_it_was_saved(tmp_path):
+    model = make_model("tms-id", extra_rank=1)
+    model.save_pretrained(tmp_path)
+    again = APDModel.from_pretrained(tmp_path, make_target("tms-id"))
+    for name in model.sites:
+        assert torch.equal(model.A(name), again.A(name))
+        assert torch.equal(model.B(name), again.B(name))
+    assert again.A("linear1").stride() == model.A("linear1").stride()
+
+
+def test_another_target_is_refused(tmp_path):
+    model = make_model("tms")
+    model.save_pretrained(tmp_path)
+    other = make_target("tms")
+    other.linear1.weight[0, 0] += 1
+    with pytest.raises(UserError, match="other weights"):
+        APDModel.from_pretrained(tmp_path, other)
