@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_fast.ops._library import composite
 from spd_fast.ops.random import RandomSource, uniform, uniform_column
 
 __all__ = ["MaskRecipe", "component_source", "delta_source", "materialize_mask"]
@@ -93,3 +94,17 @@ def materialize_mask(
         assert isinstance(recipe.source, RandomSource)
         return mask, delta_source(recipe.source, rows, components, dtype)
     return mask, recipe.delta.reshape(rows)
+
+
+@composite(
+    "materialize_mask(Tensor lower, Tensor key, int draw, int site, int row_offset, bool binomial) "
+    "-> (Tensor, Tensor)"
+)
+def _reference(
+    lower: Tensor, key: Tensor, draw: int, site: int, row_offset: int, binomial: bool
+) -> tuple[Tensor, Tensor]:
+    """(m [N, C], δ [N]) of the recipe that training uses."""
+    recipe = MaskRecipe(lower, RandomSource(key, draw, site, row_offset, binomial), delta=True)
+    mask, delta = materialize_mask(recipe, *lower.shape, lower.dtype)
+    assert delta is not None
+    return mask, delta

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from spd_fast.errors import UserError
+from spd_fast.ops._library import composite
 
 __all__ = ["Penalty", "PenaltyKind", "penalty_sums"]
 
@@ -31,6 +32,11 @@ class Penalty:
             raise UserError(f"unknown penalty {self.kind!r}; known: 'none', 'lp', 'smooth_l0'")
         if self.kind != "none" and not self.power > 0:
             raise UserError(f"penalty {self.kind!r} needs a power above 0, got {self.power}")
+
+
+@composite("penalty_sums(Tensor upper, str kind, float power, float eps) -> Tensor")
+def _reference(upper: Tensor, kind: PenaltyKind, power: float, eps: float) -> Tensor:
+    return penalty_sums(upper, Penalty(kind, power, eps))
 
 
 def penalty_sums(upper: Tensor, penalty: Penalty) -> Tensor:

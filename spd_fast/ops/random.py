@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_fast.ops._library import composite
+
 __all__ = ["RandomSource", "make_key", "philox_4x32", "uniform", "uniform_column"]
 
 _MASK32 = 0xFFFFFFFF
@@ -106,3 +108,13 @@ def uniform_column(
     """Column ``column`` of :func:`uniform`, [rows]. Column C of a site is its delta mask."""
     group = torch.full((1,), column // 4, device=source.key.device, dtype=torch.int64)
     return _to_unit(_words(source, rows, group)[:, 0, column % 4], dtype)
+
+
+@composite(
+    "uniform(Tensor key, int draw, int site, int row_offset, int rows, int columns, "
+    "ScalarType dtype) -> Tensor"
+)
+def _reference(
+    key: Tensor, draw: int, site: int, row_offset: int, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return uniform(RandomSource(key, draw, site, row_offset), rows, columns, dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spd_fast.errors import UserError, nearest
+from spd_fast.ops._library import composite
 
 __all__ = ["SIGMOIDS", "SigmoidKind", "check_sigmoid", "lower_importance", "upper_importance"]
 
@@ -42,6 +43,7 @@ class _LowerLeaky2026(torch.autograd.Function):
         return torch.where(s <= 0, below, inside)
 
 
+@composite("lower_importance(Tensor s, str kind) -> Tensor")
 def lower_importance(s: Tensor, kind: SigmoidKind) -> Tensor:
     """g(s), elementwise.
 
@@ -60,6 +62,7 @@ def lower_importance(s: Tensor, kind: SigmoidKind) -> Tensor:
     raise UserError(f"unknown sigmoid {kind!r}; nearest: {nearest(kind, SIGMOIDS)}")
 
 
+@composite("upper_importance(Tensor s, str kind) -> Tensor")
 def upper_importance(s: Tensor, kind: SigmoidKind) -> Tensor:
     """g⁺(s), elementwise: 1 + 0.01 (s − 1) for s > 1, else clamp(s, 0, 1) (paper and 2026).
 

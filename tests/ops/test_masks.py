@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spd_fast.ops import MaskRecipe, RandomSource, make_key, materialize_mask
 from tests import oracle
-from tests.checks import unit
+from tests.checks import LAYOUTS, strided, unit
 
 N, C = 5, 6
 SEED, STEP, DRAW, SITE, OFFSET = 3, 4, 5, 6, 7
@@ -132,3 +132,48 @@ def test_drawing_a_delta_needs_a_random_source():
 )
 def test_the_weight_is_needed_with_a_delta_or_routing_only(recipe, needed):
     assert recipe.needs_weight is needed
+
+
+def test_gradients_go_through_the_materialized_mask():
+    lower, source, delta = (t.clone().requires_grad_() for t in (LOWER, SOURCE, DELTA))
+    assert torch.autograd.gradcheck(
+        lambda *parts: materialize(MaskRecipe(*parts)), (lower, source, delta)
+    )
+    assert torch.autograd.gradcheck(
+        lambda g: materialize(MaskRecipe(g, random_source(), delta=True))[0], lower
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(layout):
+    parts = (LAYOUTS[layout](LOWER), LAYOUTS[layout](SOURCE), strided(DELTA))
+    changed = MaskRecipe(*parts)
+    for got, expected in zip(
+        materialize(changed), materialize(MaskRecipe(LOWER, SOURCE, DELTA)), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_expanded_importances_are_their_copies():
+    row = LOWER[:1].expand(N, C)
+    got, _ = materialize(MaskRecipe(row, random_source()))
+    assert torch.equal(got, materialize(MaskRecipe(row.contiguous(), random_source()))[0])
+
+
+def test_compiled_is_eager():
+    def both(lower):
+        return materialize(MaskRecipe(lower, random_source(), delta=True))
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(LOWER), both(LOWER), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("binomial", [False, True])
+def test_opcheck(binomial):
+    arguments = (LOWER.clone().requires_grad_(), make_key(SEED, STEP), DRAW, SITE, OFFSET, binomial)
+    operation = torch.ops.spd_fast.materialize_mask.default
+    torch.library.opcheck(operation, arguments)
+    expected = materialize(MaskRecipe(LOWER, random_source(binomial), delta=True))
+    for got, value in zip(operation(*arguments), expected, strict=True):
+        assert torch.equal(got, value)

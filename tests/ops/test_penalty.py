@@ -101,3 +101,17 @@ def test_unknown_kind_is_an_error_that_lists_the_known():
 def test_power_must_be_positive(power):
     with pytest.raises(UserError, match="penalty 'lp' needs a power above 0"):
         Penalty("lp", power)
+
+
+@penalties
+def test_opcheck(penalty):
+    upper = unit(1, 9, 5).requires_grad_()
+    arguments = (upper, penalty.kind, penalty.power, penalty.eps)
+    torch.library.opcheck(torch.ops.spd_fast.penalty_sums.default, arguments)
+
+
+@penalties
+def test_expanded_importances_are_their_copies(penalty):
+    row = unit(1, 1, 5).expand(9, 5)
+    expected = penalty_sums(row.contiguous(), penalty)
+    torch.testing.assert_close(penalty_sums(row, penalty), expected, rtol=1e-12, atol=0)

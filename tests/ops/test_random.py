@@ -154,3 +154,24 @@ def test_the_extension_draws_the_same_bits():
     key = make_key(11, 12)
     extension = _extension.module().uniform(key, 9, 14, 3, 4, 5, torch.float32)
     assert torch.equal(extension, uniform(RandomSource(key, 3, 4, 5), 9, 14))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_uniform(dtype):
+    operation = torch.ops.spd_fast.uniform.default
+    torch.library.opcheck(operation, (make_key(8, 9), 1, 2, 3, 5, 7, dtype))
+    source = RandomSource(make_key(8, 9), 1, 2, 3)
+    assert torch.equal(
+        operation(make_key(8, 9), 1, 2, 3, 5, 7, dtype), uniform(source, 5, 7, dtype)
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0), (0, 0)])
+def test_no_rows_or_columns_give_no_numbers(rows, columns):
+    assert uniform(RandomSource(make_key(1, 2)), rows, columns).shape == (rows, columns)
+
+
+def test_a_key_with_a_stride_is_its_copy():
+    key = torch.tensor([[3, 4], [5, 6]])[:, 0]
+    got = uniform(RandomSource(key), 5, 7)
+    assert torch.equal(got, uniform(RandomSource(make_key(3, 5)), 5, 7))

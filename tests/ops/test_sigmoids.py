@@ -175,3 +175,10 @@ def test_compiled_is_eager(kind):
 def test_unknown_kind_is_an_error_with_the_nearest(function):
     with pytest.raises(UserError, match="unknown sigmoid 'papr'; nearest: 'paper'"):
         function(torch.zeros(1), "papr")
+
+
+@pytest.mark.parametrize("kind", SIGMOIDS)
+@pytest.mark.parametrize("name", ["lower_importance", "upper_importance"])
+def test_opcheck(name, kind):
+    s = normal(1, 4, 3).requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.spd_fast, name).default, (s, kind))
