@@ -12,10 +12,19 @@ def _load() -> tuple[ModuleType | None, str | None]:
     # The extension links against torch's libraries, which importing torch makes findable.
     import torch  # noqa: F401
 
+    from spd_fast.ops._fused import PRIMITIVES
+
+    advice = "see Install in the README"
     try:
-        return importlib.import_module("spd_fast._C"), None
+        extension = importlib.import_module("spd_fast._C")
+    except ModuleNotFoundError:
+        return None, f"the C++ extension spd_fast._C is not installed; {advice}"
     except ImportError as error:
         return None, f"the C++ extension spd_fast._C cannot be imported: {error}"
+    if missing := [name for name in PRIMITIVES if not hasattr(extension, name)]:
+        reason = f"is older than this spd_fast: it lacks {missing[0]}; build it again"
+        return None, f"the C++ extension spd_fast._C {reason}, {advice}"
+    return extension, None
 
 
 def module() -> ModuleType | None:
