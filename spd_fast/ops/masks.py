@@ -105,6 +105,6 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     """(m [N, C], δ [N]) of the recipe that training uses."""
     recipe = MaskRecipe(lower, RandomSource(key, draw, site, row_offset, binomial), delta=True)
-    mask, delta = materialize_mask(recipe, *lower.shape, lower.dtype)
+    mask, delta = materialize_mask(recipe, lower.shape[0], lower.shape[1], lower.dtype)
     assert delta is not None
     return mask, delta
