@@ -8,12 +8,19 @@ from typing import Protocol
 
 from torch import Tensor
 
+from spd_fast.errors import UserError, nearest
 from spd_fast.model.importances import Importances
 from spd_fast.model.sites import Site
 from spd_fast.ops.masks import MaskRecipe
 from spd_fast.ops.random import RandomSource
 
 __all__ = ["Adversarial", "CIMask", "Given", "Masking", "Ones", "Stochastic"]
+
+
+def _of(tensors: Mapping[str, Tensor], site: str, what: str) -> Tensor:
+    if site not in tensors:
+        raise UserError(f"no {what} for site {site!r}; given for: {nearest(site, tensors) or '—'}")
+    return tensors[site]
 
 
 class Masking(Protocol):
@@ -81,7 +88,9 @@ class Given:
     def recipe(self, site: Site) -> MaskRecipe:
         name = site.name
         return MaskRecipe(
-            source=self.masks[name], delta=self.deltas.get(name), routing=self.routing.get(name)
+            source=_of(self.masks, name, "mask"),
+            delta=self.deltas.get(name),
+            routing=self.routing.get(name),
         )
 
 
@@ -98,7 +107,7 @@ class Adversarial:
         name = site.name
         return MaskRecipe(
             self.importances[name].lower,
-            self.sources[name],
+            _of(self.sources, name, "source"),
             self.deltas.get(name),
             self.routing.get(name),
         )

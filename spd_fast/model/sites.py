@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,11 @@ def _chosen(modules: dict[str, nn.Module], patterns: Mapping[str, int]) -> dict[
         )
     chosen: dict[str, int] = {}
     for pattern, components in patterns.items():
-        if isinstance(components, bool) or not isinstance(components, int) or components < 1:
+        # Whole numbers of any library; True is one to Python, and a slip here.
+        if isinstance(components, bool) or not isinstance(components, SupportsIndex):
+            raise UserError(f"site {pattern!r} needs a whole number C, got {components!r}")
+        components = operator.index(components)
+        if components < 1:
             raise UserError(f"site {pattern!r} needs at least one component, got C = {components}")
         matched = _matches(decomposable, pattern)
         if not matched and pattern.endswith(IDENTITY):
@@ -223,6 +228,12 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, S
         UserError: a pattern that matches no module, or only modules that cannot be decomposed;
             C < 1; tied sites with different C; weights that are not finite.
     """
+    if not isinstance(patterns, Mapping) or not all(isinstance(p, str) for p in patterns):
+        given = type(patterns).__name__
+        raise UserError(
+            f"sites map module paths to numbers of components, e.g. {{'layers.*.mlp_in': 100}}; "
+            f"got a {given}"
+        )
     if not patterns:
         raise UserError("no sites: name at least one module, e.g. sites={'layers.*.mlp_in': 100}")
     modules = submodules(target)

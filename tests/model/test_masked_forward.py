@@ -223,3 +223,13 @@ def test_ci_masks_leave_what_is_not_routed_alone():
     got = model.masked_forward(X, CIMask(importances(model), routing=routing))
     lower = {n: g for n, (g, _) in toys.importances(model, X).items()}
     toys.assert_same_gradients(model, got, by_hand(model, lower, routing=routing))
+
+
+def test_a_site_without_a_mask_is_named():
+    model = toys.decomposed()
+    masks = ones(model)
+    del masks["head"]
+    with pytest.raises(UserError, match="no mask for site 'head'; given for: "):
+        model.masked_forward(X, Given(masks))
+    with pytest.raises(UserError, match=r"no source for site .blocks\.0\.up.; given for: —"):
+        model.masked_forward(X, Adversarial(importances(model), {}))

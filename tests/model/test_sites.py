@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,7 +70,24 @@ def test_a_module_that_is_no_linear_layer_is_named_with_its_kind():
         resolve_sites(Net(), {"blocks.0": 3})
 
 
-@pytest.mark.parametrize("components", [0, -1, True, 2.5, "4", None])
+@pytest.mark.parametrize("components", [True, 2.5, "4", None])
+def test_a_number_of_components_that_is_not_whole_is_an_error(components):
+    with pytest.raises(UserError, match="'head' needs a whole number C, got"):
+        resolve_sites(Net(), {"head": components})
+
+
+def test_a_whole_number_of_another_library_counts():
+    sites = resolve_sites(Net(), {"head": np.int64(3)})
+    assert type(sites["head"].components) is int
+
+
+@pytest.mark.parametrize("patterns", ["head", ["head"], {1: 3}, 4])
+def test_sites_that_are_no_mapping_are_an_error(patterns):
+    with pytest.raises(UserError, match="sites map module paths to numbers of components"):
+        resolve_sites(Net(), patterns)
+
+
+@pytest.mark.parametrize("components", [0, -1])
 def test_fewer_than_one_component_is_an_error(components):
     with pytest.raises(UserError, match="'head' needs at least one component"):
         resolve_sites(Net(), {"head": components})
