@@ -30,7 +30,8 @@ def rival(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_is_that_of_spd(rival, finished):
-    assert set(tree(rival)) == set(tree(finished))
+    # SPD's model has a card of its own; both get theirs from the report.
+    assert set(tree(rival)) == set(tree(finished)) - {"README.md"}
 
 
 def test_the_target_is_that_of_spds_run_with_the_same_seed(rival, finished):
