@@ -38,6 +38,8 @@ from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
 __all__ = ["CleanForward", "DecomposedModel"]
 
 Forward = Callable[..., Any]
+# The key of a network for all sites, which then is the only one.
+_GLOBAL = "global"
 # Hidden neurons of an embedding's gates that are in memory at a time.
 _NEURONS = 2**22
 
@@ -173,7 +175,6 @@ class DecomposedModel(SiteModel):
         self._prefixes: dict[str, tuple[str, ...]] | None = None  # known after the first forward
         self.components = _BySite()
         self.ci_fns = _BySite()
-        self.global_ci_fn: GlobalMLP | TransformerCI | None = None
         generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise components"))
         for name, site in self.sites.items():
             if (taken := _key(name)) in self.components:
@@ -194,7 +195,7 @@ class DecomposedModel(SiteModel):
             components = {n: s.components for n, s in self.sites.items()}
             network = make_global_ci_fn(ci_fn, widths, components, ci_hidden, shape, generator)
             like = next(iter(self.sites.values())).weight
-            self.global_ci_fn = network.to(like.device, like.dtype)
+            self.ci_fns[_GLOBAL] = network.to(like.device, like.dtype)
         else:
             for name, site in self.sites.items():
                 d_in = None if site.kind == "embedding" else site.d_in
@@ -217,6 +218,15 @@ class DecomposedModel(SiteModel):
         gate = self.ci_fns[_key(site)]
         assert isinstance(gate, MLPGate)
         return gate
+
+    @property
+    def global_ci_fn(self) -> GlobalMLP | TransformerCI | None:
+        """The one importance function of all sites, where ``ci_fn`` is of that kind."""
+        if self.options["ci_fn"] not in GLOBAL_CI_FNS:
+            return None
+        network = self.ci_fns[_GLOBAL]
+        assert isinstance(network, (GlobalMLP, TransformerCI))
+        return network
 
     def clean_forward(self, batch: Any) -> CleanForward:
         """The target's forward, with every site's input captured by reference (no copy).
@@ -276,7 +286,8 @@ class DecomposedModel(SiteModel):
         Raises:
             UserError: a global importance function over sites that see different positions.
         """
-        if self.global_ci_fn is None:
+        network = self.global_ci_fn
+        if network is None:
             return Importances(
                 {n: self._local_importances(s, clean, penalty) for n, s in self.sites.items()}
             )
@@ -293,7 +304,7 @@ class DecomposedModel(SiteModel):
             for n, s in self.sites.items()
             if s.kind == "embedding"
         }
-        logits = self.global_ci_fn({n: inner.get(n, clean.inputs[n]) for n in self.sites})
+        logits = network({n: inner.get(n, clean.inputs[n]) for n in self.sites})
         return Importances(
             {
                 n: self._from_logits(s, clean.inputs[n], logits[n], inner.get(n), penalty)
