@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels gpu clean
+.PHONY: setup demo paper paper-quick test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels gpu clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,18 @@ $(STAMP): pyproject.toml setup.py $(SOURCE)
 # The main job: the paper's 40,000 steps; running it again continues or shows the finished run.
 demo: setup
 	$(BIN)/spd-fast run tms_5-2 --out runs/demo --resume
+
+# Everything the paper claims, then docs/paper.md. Days on a CPU; running it again continues. For some
+# of it: make paper ONLY='tms_5-2/*'. JOBS: runs side by side.
+JOBS ?= 1
+ONLY ?=
+paper: setup
+	$(BIN)/spd-fast paper --out runs/paper --jobs $(JOBS) $(if $(ONLY),--only '$(ONLY)')
+	$(BIN)/spd-fast paper --page docs/paper.md runs/paper
+
+# The same in small: minutes. It shows that everything runs, and proves nothing.
+paper-quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/spd-fast paper --quick --out runs/paper-quick --jobs 2
 
 # Triton's interpreter is chosen when a kernel is first imported: those tests are a process of their own.
 test: setup

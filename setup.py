@@ -27,6 +27,7 @@ ROOMS = [
     "targets",
     "evaluate",
     "experiments",
+    "studies",
     "report",
     "baselines",
 ]

@@ -121,6 +121,101 @@ def run(
     print(f"report: {report_path}")
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="splitting, robustness, importance or scaling.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Table, figure and runs. Default: runs/studies/NAME.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="In small: shows that it runs, proves nothing.")] = (
+        False
+    ),
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0-4|0,2,5", help="Default: the study's own.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side.")] = 1,
+    memory_mb: Annotated[
+        float | None, typer.Option(help="scaling: what a cell may hold. Default: 4/5 of the free.")
+    ] = None,
+    device: Device = None,
+    backend: Backend = None,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Carry out a study of the paper's claims; running it again continues it."""
+    from spd_fast import _extension, studies
+    from spd_fast.experiments import parse_seeds
+
+    studies.check_name(name)
+    _extension.keep_freed_memory()
+    options = studies.Options(
+        out=out or Path("runs") / ("studies-quick" if quick else "studies") / name,
+        quick=quick,
+        seeds=None if seeds is None else parse_seeds(seeds),
+        device=device,
+        backend=backend,
+        jobs=jobs,
+        quiet=quiet,
+    )
+    for path in studies.carry_out(name, options, memory_mb=memory_mb):
+        print(path)
+
+
+@app.command()
+def paper(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="With --page: folders whose finished runs it is to show."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Everything goes here. Default: runs/paper.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="In small: shows that it runs, proves nothing.")] = (
+        False
+    ),
+    only: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Runs such as 'tms_5-2/*', or scaling.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Instead of running: fill this page's tables.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option(help="With --page: measure what a step of every recipe costs.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Runs side by side.")] = 1,
+    memory_mb: Annotated[
+        float | None, typer.Option(help="scaling: what a cell may hold. Default: 4/5 of the free.")
+    ] = None,
+    device: Device = None,
+    backend: Backend = None,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Carry out everything that the paper claims; running it again continues it."""
+    from spd_fast import _extension
+    from spd_fast.studies import Options, document, sources
+    from spd_fast.studies.paper import paper as carry_out
+
+    if page is not None:
+        if not page.is_file():
+            raise UserError(f"no page {page}")
+        beside = page.with_suffix("")
+        for path in sources.collect(runs or [], beside):
+            print(path)
+        if estimate:
+            print(sources.estimate(beside))
+        document.write_page(page)
+        print(page)
+        return
+    if runs or estimate:
+        raise UserError("folders of runs and --estimate go with --page")
+    _extension.keep_freed_memory()
+    options = Options(
+        out or Path("runs") / ("paper-quick" if quick else "paper"),
+        quick=quick, device=device, backend=backend, jobs=jobs, quiet=quiet,
+    )  # fmt: skip
+    for path in carry_out(options, only=only, memory_mb=memory_mb):
+        print(path)
+
+
 @app.command("list")
 def list_experiments() -> None:
     """Show the experiments that ship with spd_fast."""

@@ -16,7 +16,8 @@ import torch
 from spd_fast._files import write_bytes
 from spd_fast.errors import Diverged, UserError
 from spd_fast.experiments.recipes import AnyConfig
-from spd_fast.experiments.runs import Run, check_device, read_evaluation, run
+from spd_fast.experiments.records import read_evaluation
+from spd_fast.experiments.runs import Run, check_device, run
 from spd_fast.train import load_config
 from spd_fast.train.progress import Progress
 

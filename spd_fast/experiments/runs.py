@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import spd_fast
@@ -26,6 +29,7 @@ from spd_fast.evaluate import (
     MECHANISM_COSINE,
     Expected,
     NeuronContributions,
+    live,
     live_components,
     mechanism_cosines,
     neuron_contributions,
@@ -48,6 +52,7 @@ __all__ = [
     "environment",
     "evaluate_run",
     "load_run",
+    "make_trainer",
     "run",
 ]
 
@@ -147,7 +152,7 @@ def run(
         trained = _trained_target(config, out)
         # An untrained network stands in for a target still to be trained until all is checked.
         target = targets.make_target(config.target, config.seed) if trained is None else trained
-        trainer = _trainer(config, target.to(chosen), out, backend, quiet)
+        trainer = make_trainer(config, target.to(chosen), out, backend, quiet)
         _try_forwards(trainer)
         resumed = resume and trained is not None and trainer.resume()
 
@@ -158,7 +163,7 @@ def run(
         write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
         if trained is None:
             target = _train_target(config, out / "target", quiet)
-            trainer = _trainer(config, target.to(chosen), out, backend, quiet)
+            trainer = make_trainer(config, target.to(chosen), out, backend, quiet)
             resumed = resume and trainer.resume()
         elif config.target.path is not None:
             targets.save_target(target, config.target, out / "target")
@@ -171,9 +176,10 @@ def run(
     return finished
 
 
-def _trainer(
-    config: AnyConfig, target: nn.Module, out: Path, backend: str | None, quiet: bool
+def make_trainer(
+    config: AnyConfig, target: nn.Module, out: Path | None, backend: str | None, quiet: bool
 ) -> Trainer | APDTrainer:
+    """What trains the components of a target; ``out`` None keeps everything in memory."""
     device = str(next(target.parameters()).device)
     batches = targets.feature_data(
         config.target, config.batch_size, config.seed, "decompose", device
@@ -250,7 +256,7 @@ def load_run(folder: Path, *, device: str | None = None, backend: str | None = N
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for env.json."""
+    """Date, versions and machine, for env.json."""
     processor = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -260,6 +266,7 @@ def environment() -> dict[str, Any]:
     except OSError:
         pass
     return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "spd_fast": spd_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -278,13 +285,18 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _mechanisms_found(model: AnyModel, name: str, known: Expected | None) -> int | None:
-    """How many input features have a component of their own; None where the site's inputs are
-    not the features."""
+def _mechanisms_found(
+    model: AnyModel, name: str, known: Expected | None, probes: NDArray[np.floating]
+) -> int | None:
+    """How many input features have a live component of their own; None where the site's inputs
+    are not the features."""
     site = model.sites[name]
     if known is None or known.pattern != "identity" or site.d_in != known.components:
         return None
-    return int((mechanism_cosines(model.matrices(name), site.weight) >= MECHANISM_COSINE).sum())
+    matrices = model.matrices(name)[torch.from_numpy(live(probes)).to(site.weight.device)]
+    if len(matrices) == 0:
+        return 0
+    return int((mechanism_cosines(matrices, site.weight) >= MECHANISM_COSINE).sum())
 
 
 def contributions(run: Run) -> NeuronContributions | None:
@@ -335,7 +347,7 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
             "ml2r_std": matched.ratio.std(correction=0).item(),
             "mmcs_any": anything.mmcs,
             "ml2r_any": anything.ml2r,
-            "mechanisms_found": _mechanisms_found(model, name, known),
+            "mechanisms_found": _mechanisms_found(model, name, known, measured.probes[name]),
             "components": site.components,
             "live_components": live_components(measured.probes[name]),
             "expected": None if known is None else [known.pattern, known.components],

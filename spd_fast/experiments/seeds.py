@@ -90,7 +90,7 @@ def aggregate(name: str, found: Mapping[int, Outcome]) -> dict[str, Any]:
             site: _spreads([e["sites"][site] for e in complete.values()], METRICS) for site in sites
         },
         "neuron_contributions": _spreads(neurons, ("r2", "slope")) or None,
-        **_spreads(list(complete.values()), ("seconds", "ms_per_step", "peak_memory_mb")),
+        **_spreads(list(complete.values()), ("seconds", "ms_per_step")),
     }
 
 

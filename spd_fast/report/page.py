@@ -28,10 +28,10 @@ from spd_fast.report.facts import (
 )
 from spd_fast.report.style import LIGHT_AND_DARK, Picture, drawing, png, svg
 from spd_fast.report.table import (
-    APD,
     PAPER,
     PAPER_APD,
     mean_and_spread,
+    network_of,
     paper_values,
     results_table,
 )
@@ -130,7 +130,7 @@ def _network(facts: Facts, album: Album) -> list[dict[str, Any]]:
 
 def _in_table1(config: AnyConfig) -> bool:
     """Whether the network is one of table 1, by whichever method."""
-    return config.name.removeprefix(APD) in PAPER
+    return network_of(config.name) in PAPER
 
 
 def _matches(facts: Facts, album: Album) -> Picture | None:
@@ -328,7 +328,7 @@ def _table1(facts: Facts) -> list[dict[str, Any]]:
         for name, paper in PAPER.items():
             ours = None
             site = facts.evaluation["sites"].get("linear1")
-            if facts.config.name.removeprefix(APD) == name and site is not None:
+            if network_of(facts.config.name) == name and site is not None:
                 digits = 4 if key == "mmcs" else 3
                 ours = f"{site[key]:.{digits}f} ± {site[f'{key}_std']:.{digits}f}"
             rows.append(
@@ -345,8 +345,8 @@ def _table1(facts: Facts) -> list[dict[str, Any]]:
 
 def _environment(facts: Facts) -> list[tuple[str, str]]:
     names = {
-        "spd_fast": "spd_fast", "torch": "PyTorch", "python": "Python", "platform": "Platform",
-        "processor": "Processor", "threads": "Threads", "cuda": "GPU",
+        "date": "Started", "spd_fast": "spd_fast", "torch": "PyTorch", "python": "Python",
+        "platform": "Platform", "processor": "Processor", "threads": "Threads", "cuda": "GPU",
     }  # fmt: skip
     rows = [(label, str(facts.environment.get(key) or "—")) for key, label in names.items()]
     rows += [("Backend", facts.evaluation["backend"]), ("Device", facts.evaluation["device"])]

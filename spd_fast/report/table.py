@@ -10,6 +10,7 @@ __all__ = [
     "PAPER",
     "PAPER_APD",
     "mean_and_spread",
+    "network_of",
     "paper_values",
     "results_table",
     "seeds_summary",
@@ -35,11 +36,16 @@ HEADER = (
 )  # fmt: skip
 
 
+def network_of(name: str) -> str:
+    """The network that an experiment of either method and any preset decomposes."""
+    return name.removeprefix(APD).removesuffix("-2026")
+
+
 def paper_values(name: str) -> tuple[str, str] | None:
     """The paper's (MMCS ±, ML2R ±) of an experiment by SPD or APD, None where it has none."""
     if name.startswith(APD):
-        return PAPER_APD.get(name.removeprefix(APD))
-    return PAPER.get(name)
+        return PAPER_APD.get(network_of(name))
+    return PAPER.get(network_of(name))
 
 
 def mean_and_spread(text: str) -> tuple[float, float]:

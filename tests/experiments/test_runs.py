@@ -42,7 +42,8 @@ def assert_refused(match, config, out, **options):
 def test_a_run_writes_its_folder(finished):
     assert set(tree(finished)) == {
         "config.yaml", "env.json", "config.json", "model.safetensors", "metrics.jsonl",
-        "eval.json", "target/config.json", "target/model.safetensors", "target/losses.json",
+        "README.md", "eval.json", "target/config.json", "target/model.safetensors",
+        "target/losses.json",
         *(f"checkpoints/step_{n}/{name}" for n in (10, 20)
           for name in ("model.safetensors", "optimizer.safetensors", "state.json")),
     }  # fmt: skip
@@ -77,7 +78,8 @@ def test_the_target_has_its_losses(finished):
 def test_the_environment_names_versions_and_machine():
     found = environment()
     assert list(found) == [
-        "spd_fast", "python", "torch", "platform", "processor", "threads", "cuda", "command",
+        "date", "spd_fast", "python", "torch", "platform", "processor", "threads", "cuda",
+        "command",
     ]  # fmt: skip
     assert found["torch"] == torch.__version__
     assert found["processor"]
@@ -493,7 +495,8 @@ def test_a_target_without_one_of_its_features_is_told(tmp_path):
 
 
 def test_sites_without_a_known_mechanism_have_no_verdict(tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_fast.experiments.runs.expected_sites", lambda _: {})
+    for module in ("runs", "measures"):
+        monkeypatch.setattr(f"spd_fast.experiments.{module}.expected_sites", lambda _: {})
     found = evaluate_run(solved(tmp_path))
     assert found["recovered"] is False
     assert found["sites"]["linear1"]["ci_error"] is None

@@ -1,0 +1,142 @@
+"""What the paper's page is made of: finished runs, studies and costs, kept beside it.
+
+The folder of a page holds ``runs/*.json`` (a finished run each), ``STUDY.csv`` with ``STUDY.png``,
+and ``estimates.json`` (what a step costs, for the time of what was not run).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from spd_fast._files import write_bytes
+from spd_fast.errors import UserError
+from spd_fast.experiments import configuration, recipe
+from spd_fast.experiments.records import read_evaluation
+from spd_fast.report.facts import recipe_changes
+from spd_fast.studies.measure import measure
+from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
+from spd_fast.train import load_config
+
+__all__ = ["Records", "Sources", "collect", "estimate", "read_sources"]
+
+# Recipe → seed → record.
+Records = dict[str, dict[int, dict[str, Any]]]
+
+
+@dataclass
+class Sources:
+    """What the tables are made of: recipe → seed → record, study → its rows, recipe → cost."""
+
+    runs: Records = field(default_factory=dict)
+    studies: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """A finished run of a shipped recipe as it stands, with where and when it ran.
+
+    Raises:
+        UserError: not finished, or not the recipe's own settings.
+    """
+    evaluation = read_evaluation(folder)
+    config = configuration(load_config(folder / "config.yaml"))
+    changes = recipe_changes(config)
+    if changes is None:
+        raise UserError(f"{folder} is a run of {config.name!r}, which is no shipped recipe")
+    if changes:
+        what = ", ".join(f"{key} {ours}" for key, _, ours in changes)
+        raise UserError(f"{folder} is not {config.name} as it ships: {what}")
+    try:
+        environment = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        environment = {}
+    ended = datetime.fromtimestamp((folder / "eval.json").stat().st_mtime, timezone.utc)
+    keys = ("processor", "threads", "cuda", "torch", "spd_fast")
+    return {
+        "date": environment.get("date") or ended.strftime("%Y-%m-%d %H:%M UTC"),
+        **{key: environment.get(key) for key in keys},
+        "evaluation": evaluation,
+    }
+
+
+def collect(folders: Iterable[Path], into: Path) -> list[Path]:
+    """Copy what is finished below ``folders`` (runs, or what ``spd-fast paper`` filled) to the
+    page's sources ``into``. Runs of other settings than their recipe's are refused.
+
+    Returns:
+        the files written.
+    """
+    written = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}")
+        studies = folder / "studies"
+        runs = [p.parent for p in sorted(folder.rglob("eval.json")) if studies not in p.parents]
+        tables = [studies / name / f"{name}.csv" for name in (*STUDIES, "scaling")]
+        if not runs and not any(table.exists() for table in tables):
+            raise UserError(f"{folder} holds no finished run")
+        for run in runs:
+            record = _record(run)
+            evaluation = record["evaluation"]
+            path = into / "runs" / f"{folder_of(evaluation['name'])}-seed{evaluation['seed']}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
+            written.append(path)
+        for table in tables:
+            for path in (table, table.with_suffix(".png")):
+                if path.exists():
+                    into.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, into / path.name)
+                    written.append(into / path.name)
+    return written
+
+
+def estimate(into: Path, say: Callable[[str], None] = print) -> Path:
+    """Measure a few steps of every recipe and write ``estimates.json``.
+
+    CPU time, which other work on the machine hardly changes; good for telling hours from days,
+    no measure of speed. Recipes that have an estimate are left alone.
+
+    Raises:
+        UserError: a step that fails for another reason than memory or time.
+    """
+    path = into / "estimates.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in SEEDS:
+        if found.get(name, {}).get("status") == "ok":
+            continue
+        answer = measure(
+            recipe(name), backend=None, device="cpu", memory_mb=float(2**20), seconds=600
+        )
+        if answer["status"].startswith("failed"):
+            raise UserError(f"a step of {name} {answer['status']}")
+        found[name] = {"status": answer["status"], "cpu_ms": answer.get("cpu_ms")}
+        say(f"{name}: {found[name]}")
+        into.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(found, indent=1) + "\n").encode())
+    return path
+
+
+def read_sources(folder: Path) -> Sources:
+    """Everything that :func:`collect` and :func:`estimate` wrote."""
+    sources = Sources()
+    for path in sorted((folder / "runs").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = record["evaluation"]
+        sources.runs.setdefault(evaluation["name"], {})[evaluation["seed"]] = record
+    for name in (*STUDIES, "scaling"):
+        path = folder / f"{name}.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as f:
+                sources.studies[name] = list(csv.DictReader(f))
+    path = folder / "estimates.json"
+    if path.exists():
+        sources.estimates = json.loads(path.read_text(encoding="utf-8"))
+    return sources

@@ -1,0 +1,299 @@
+"""Everything of the paper: the list of runs, what is run of it, and the page made from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from spd_fast.cli import main
+from spd_fast.errors import UserError
+from spd_fast.experiments import configuration, recipe, recipes
+from spd_fast.studies import Options, document, sources
+from spd_fast.studies.paper import SEEDS, claims, folder_of, paper, planned
+from spd_fast.train import set_keys
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "steps=2", "batch_size=16", "target.steps=2", "target.batch_size=16", "target.starts=1",
+    "log_every=1",
+]  # fmt: skip
+
+
+def test_every_recipe_is_in_the_paper():
+    assert set(SEEDS) <= set(recipes())
+    assert {n for n in recipes() if "/" not in n} <= set(SEEDS)
+
+
+def test_claims_are_the_recipes_as_they_ship():
+    runs = claims(False)
+    assert len(runs) == sum(map(len, SEEDS.values()))
+    for name, of in SEEDS.items():
+        for seed in of:
+            shipped = configuration(recipe(name) | {"seed": seed})
+            assert runs[f"{folder_of(name)}/seed{seed}"] == shipped
+
+
+def test_table_1_has_five_seeds_of_spd_and_two_of_apd():
+    for network in ("tms_5-2", "tms_40-10", "tms_5-2-id", "tms_40-10-id"):
+        assert SEEDS[network] == (0, 1, 2, 3, 4)
+    for network in ("tms_5-2", "tms_40-10"):
+        assert len(SEEDS[f"apd/{network}"]) >= 2
+    assert SEEDS["resid_mlp1"] == (0, 1, 2)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_two_runs_share_a_folder(quick):
+    runs, plans = planned(quick)
+    assert len(runs) == len(claims(quick)) + sum(map(len, plans.values()))
+    for one in runs:
+        assert not any(other.startswith(f"{one}/") for other in runs)
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """The paper with two seeds of one tiny recipe and no studies."""
+    small = set_keys(recipe("tms_5-2"), TINY)
+    monkeypatch.setattr("spd_fast.studies.paper.SEEDS", {"tms_5-2": (0, 1)})
+    monkeypatch.setattr("spd_fast.studies.paper.STUDIES", {})
+    monkeypatch.setattr("spd_fast.studies.paper.recipe", lambda _: small)
+    monkeypatch.setattr("spd_fast.studies.paper.scaling", lambda *_, **__: [])
+    monkeypatch.setattr(
+        "spd_fast.studies.paper.write_report", lambda run: (run.folder / "report.html").touch()
+    )
+
+
+def test_the_paper_is_run_once_and_continued(tmp_path, little):
+    out = tmp_path / "paper"
+    (aggregate,) = paper(Options(out, quiet=True), only="tms_5-2/seed1")
+    assert json.loads(aggregate.read_text())["seeds"] == [1]
+    before = (out / "tms_5-2" / "seed1" / "eval.json").stat().st_mtime_ns
+    (aggregate,) = paper(Options(out, quiet=True))
+    assert json.loads(aggregate.read_text())["seeds"] == [0, 1]
+    assert (out / "tms_5-2" / "seed1" / "eval.json").stat().st_mtime_ns == before
+    assert (out / "tms_5-2" / "seed0" / "report.html").exists()
+
+
+def test_a_pattern_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"--only 'tms_6\*' matches no run; runs are called as"):
+        paper(Options(tmp_path / "out", quiet=True), only="tms_6*")
+    assert list(tmp_path.iterdir()) == []
+
+
+# The page.
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The page that ships, without its sources."""
+    return Path(shutil.copy(ROOT / "docs" / "paper.md", tmp_path / "paper.md"))
+
+
+def test_the_page_that_ships_is_up_to_date(tmp_path):
+    copied = Path(shutil.copy(ROOT / "docs" / "paper.md", tmp_path / "paper.md"))
+    shutil.copytree(ROOT / "docs" / "paper", tmp_path / "paper")
+    document.write_page(copied)
+    assert copied.read_text() == (ROOT / "docs" / "paper.md").read_text()
+
+
+def test_without_sources_everything_is_not_measured(page):
+    document.write_page(page)
+    text = page.read_text()
+    for name, of in SEEDS.items():
+        listed = ",".join(map(str, of))
+        assert f"`spd-fast run {name} --seeds {listed} --out runs/paper/{folder_of(name)}`" in text
+    for name in ("splitting", "robustness", "importance", "scaling"):
+        assert f"not measured: `spd-fast study {name} " in text
+    assert "| yes |" not in text
+
+
+def test_tables_are_well_formed(page):
+    document.write_page(page)
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def record(name, seed, **changes):
+    """The record of a recovered run."""
+    from spd_fast.experiments import expected_sites
+
+    config = configuration(recipe(name) | {"seed": seed})
+    sites = {
+        site: {
+            "mmcs": 1.0, "mmcs_std": 0.0, "ml2r": 0.99 + 0.01 * seed, "ml2r_std": 0.001,
+            "live_components": e.components, "components": 200, "ci_error": 0,
+        }
+        for site, e in expected_sites(config).items()
+    }  # fmt: skip
+    evaluation = {
+        "name": name, "seed": seed, "recovered": True, "target_represents_all_features": True,
+        "sites": sites, "steps": config.steps, "seconds": 5.0,
+        "neuron_contributions": {"r2": 0.9975, "slope": 1.02, "layers": []}
+        if "resid" in name else None,
+    }  # fmt: skip
+    return {
+        "date": "2026-01-02 03:04 UTC", "processor": "Abacus", "threads": 1, "cuda": None,
+        "torch": "2.0", "spd_fast": "0.1", "evaluation": evaluation | changes,
+    }  # fmt: skip
+
+
+def put(page, *records):
+    folder = page.with_suffix("") / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, one in enumerate(records):
+        (folder / f"{i}.json").write_text(json.dumps(one))
+
+
+def lines(page, *words):
+    document.write_page(page)
+    return [line for line in page.read_text().splitlines() if all(w in line for w in words)]
+
+
+def test_a_run_is_a_row_with_its_machine_and_the_rest_stays_unmeasured(page):
+    put(page, record("tms_5-2", 0), record("tms_5-2", 2))
+    (row,) = lines(page, "| tms_5-2 | 2 | yes")
+    assert "| yes | 1.000 ± .000 | 1.0000 ± 0.0000 | 0.993 ± .002 | 1.010 ± 0.001 |" in row
+    assert "Abacus, 1 thread(s); torch 2.0; 2026-01-02" in row
+    (mean,) = lines(page, "| tms_5-2 | all 2 |")
+    assert "2 of 2" in mean
+    assert "1.000 ± 0.014" in mean
+    (rest,) = lines(page, "| tms_5-2 | 1, 3, 4 | not measured")
+    assert "--seeds 1,3,4 --out runs/paper/tms_5-2`" in rest
+
+
+def test_residual_mlps_have_their_own_columns(page):
+    put(page, record("resid_mlp2", 0))
+    (row,) = lines(page, "| resid_mlp2 | 0 |")
+    assert "| yes | 100+100 (errors 0+0) | 25+25 (errors 0+0) | 0.9975 | 1.020 |" in row
+
+
+def test_incomplete_targets_count_for_neither_side(page):
+    put(page, record("tms_5-2", 0), record("tms_5-2", 1, target_represents_all_features=False))
+    assert lines(page, "| tms_5-2 | 2 | 1 of 1 | 1 |")
+    assert lines(page, "| tms_5-2 | 1 | target incomplete |")
+
+
+def test_estimates_are_steps_times_cpu_time(page):
+    page.with_suffix("").mkdir()
+    costs = {"tms_5-2": {"status": "ok", "cpu_ms": 10.0}, "resid_mlp3": {"cpu_ms": 3000.0}}
+    (page.with_suffix("") / "estimates.json").write_text(json.dumps(costs))
+    (row,) = lines(page, "| tms_5-2 | 0, 1, 2, 3, 4 |")
+    assert row.endswith("about 33 min |")  # 5 seeds of 40,000 steps
+    (row,) = lines(page, "| resid_mlp3 | 0, 1, 2 |")
+    assert row.endswith("about 10.4 days |")
+    (row,) = lines(page, "| tms_40-10 | 0, 1, 2, 3, 4 |")
+    assert row.endswith("no estimate |")
+
+
+def test_a_study_shows_its_figure_and_its_table(page):
+    folder = page.with_suffix("")
+    folder.mkdir()
+    (folder / "splitting.csv").write_text(
+        "network,seed,multiple,site,needed,components,live_components,ci_error,recovered\n"
+        "tms_5-2-id,0,4,linear1,5,20,5,0,True\ntms_5-2-id,0,4,linear2,5,20,6,0,True\n"
+    )
+    assert lines(page, "![splitting](paper/splitting.png)")
+    assert lines(page, "| tms_5-2-id | 0 | 4× | 5 of 20 | 6 of 20 | True |")
+
+
+def test_a_mark_without_a_table_is_an_error():
+    with pytest.raises(UserError, match="no table 'nope'; known: a"):
+        document.fill("<!-- table: nope -->\n<!-- end -->", {"a": ""})
+
+
+def test_filling_twice_changes_nothing(page):
+    put(page, record("tms_5-2", 0))
+    document.write_page(page)
+    once = page.read_bytes()
+    document.write_page(page)
+    assert page.read_bytes() == once
+
+
+# Collecting.
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """As if tiny runs of tms_5-2 were the recipe."""
+    monkeypatch.setattr(sources, "recipe_changes", lambda _: [])
+
+
+def test_finished_runs_are_collected_with_date_and_machine(tmp_path, finished, shipped):
+    (path,) = sources.collect([finished], tmp_path / "paper")
+    assert path == tmp_path / "paper" / "runs" / "tms_5-2-seed2.json"
+    found = json.loads(path.read_text())
+    assert found["evaluation"] == json.loads((finished / "eval.json").read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", found["date"])
+    assert found["processor"]
+
+
+def test_runs_of_other_settings_are_refused(tmp_path, finished):
+    with pytest.raises(UserError, match=r"is not tms_5-2 as it ships: .*steps 20"):
+        sources.collect([finished], tmp_path / "paper")
+    assert not (tmp_path / "paper").exists()
+
+
+def test_studies_are_collected_and_their_runs_left_alone(tmp_path, finished, shipped):
+    everything = tmp_path / "runs"
+    shutil.copytree(finished, everything / "studies" / "splitting" / "runs" / "a")
+    for name in ("splitting.csv", "splitting.png"):
+        (everything / "studies" / "splitting" / name).write_text("x")
+    written = sources.collect([everything], tmp_path / "paper")
+    assert sorted(p.name for p in written) == ["splitting.csv", "splitting.png"]
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        sources.collect([tmp_path], tmp_path / "paper")
+    with pytest.raises(UserError, match="no folder"):
+        sources.collect([tmp_path / "none"], tmp_path / "paper")
+
+
+def test_estimates_are_measured_once(tmp_path, monkeypatch):
+    asked = []
+
+    def take(settings, **_):
+        asked.append(settings["name"])
+        return {"status": "ok", "cpu_ms": 2.0}
+
+    monkeypatch.setattr(sources, "measure", take)
+    sources.estimate(tmp_path / "paper", say=lambda _: None)
+    path = sources.estimate(tmp_path / "paper", say=lambda _: None)
+    assert asked == list(SEEDS)
+    assert json.loads(path.read_text())["tms_5-2"] == {"status": "ok", "cpu_ms": 2.0}
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["somewhere"], "go with --page"),
+        (["--estimate"], "go with --page"),
+        (["--page", "none.md"], "no page none.md"),
+        (["--only", "abacus/*"], "matches no run"),
+        (["--jobs", "0"], "--jobs needs at least 1"),
+        (["--device", "abacus"], "unknown device"),
+    ],
+)
+def test_bad_input_is_one_line_status_two_and_nothing_written(
+    tmp_path, monkeypatch, capsys, arguments, match
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["paper", *arguments])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert match in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_is_filled_by_the_command(page, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["paper", "--page", str(page)])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [str(page)]
