@@ -110,6 +110,13 @@ def run(
         return
     if jobs != 1:
         raise UserError("--jobs goes with --seeds")
+    data = set_keys(experiments.recipe(experiment), changes)
+    if (language := experiments.language_configuration(data)) is not None:
+        _run_language(
+            language, out or Path("runs") / f"{language.name}-seed{language.seed}",
+            device=device, backend=backend, resume=resume, quiet=quiet,
+        )  # fmt: skip
+        return
     config = experiments.configuration(set_keys(experiments.recipe(experiment), changes))
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
     _extension.keep_freed_memory()
@@ -216,6 +223,31 @@ def paper(
         print(path)
 
 
+def _run_language(config: Any, folder: Path, **options: Any) -> None:
+    from spd_fast import _extension
+    from spd_fast.experiments.language import run_language
+    from spd_fast.report.language import language_table, write_language_report
+
+    _extension.keep_freed_memory()
+    finished = run_language(config, folder, **options)
+    report_path = write_language_report(finished)
+    print(language_table(finished.evaluation()))
+    print(f"report: {report_path}")
+
+
+def _language_run(folder: Path, device: str | None, backend: str | None) -> Any:
+    """The run on a language model in a folder; None where it holds another kind of run."""
+    from spd_fast import experiments
+    from spd_fast.train import load_config
+
+    held = folder / "config.yaml"
+    if not held.is_file() or experiments.language_configuration(load_config(held)) is None:
+        return None
+    from spd_fast.experiments.language import load_language_run
+
+    return load_language_run(folder, device=device, backend=backend)
+
+
 @app.command("list")
 def list_experiments() -> None:
     """Show the experiments that ship with spd_fast."""
@@ -233,6 +265,11 @@ def evaluate(folder: Folder, device: Device = None, backend: Backend = None) -> 
 
     from spd_fast.experiments import evaluate_run, load_run
 
+    if (language := _language_run(folder, device, backend)) is not None:
+        from spd_fast.experiments.language import evaluate_language_run
+
+        print(json.dumps(evaluate_language_run(language), indent=2))
+        return
     print(json.dumps(evaluate_run(load_run(folder, device=device, backend=backend)), indent=2))
 
 
@@ -242,7 +279,41 @@ def report(folder: Folder) -> None:
     from spd_fast.experiments import load_run
     from spd_fast.report import write_report
 
+    if (language := _language_run(folder, "cpu", None)) is not None:
+        from spd_fast.report.language import write_language_report
+
+        print(write_language_report(language))
+        return
     print(write_report(load_run(folder, device="cpu")))
+
+
+@app.command()
+def components(
+    folder: Folder,
+    sites: Annotated[
+        list[str] | None, typer.Option("--site", help="A site's name or pattern. Default: all.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Components of each site.")] = 16,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts of each component.")] = 6,
+    device: Device = None,
+    backend: Backend = None,
+) -> None:
+    """Show a language model's components: the contexts in which they are most important."""
+    from fnmatch import fnmatchcase
+
+    from spd_fast.errors import nearest
+
+    run = _language_run(folder, device, backend)
+    if run is None:
+        raise UserError(f"{folder} holds no run on a language model")
+    from spd_fast.report.language import write_components
+
+    names = list(run.model.sites)
+    chosen = [n for n in names if any(fnmatchcase(n, p) for p in sites or ["*"])]
+    for pattern in sites or []:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            raise UserError(f"no site {pattern!r}; nearest: {nearest(pattern, names)}")
+    print(write_components(run, chosen, top=top, contexts=contexts))
 
 
 @app.command()

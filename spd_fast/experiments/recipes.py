@@ -12,13 +12,22 @@ from spd_fast.errors import UserError, nearest
 from spd_fast.evaluate.ground_truth import Expected
 from spd_fast.train.config import (
     Config,
+    LanguageConfig,
     ResidMLPTarget,
     TMSTarget,
     load_config,
     parse_config,
+    validate,
 )
 
-__all__ = ["AnyConfig", "configuration", "expected_sites", "recipe", "recipes"]
+__all__ = [
+    "AnyConfig",
+    "configuration",
+    "expected_sites",
+    "language_configuration",
+    "recipe",
+    "recipes",
+]
 
 
 AnyConfig = Config | APDConfig
@@ -68,6 +77,18 @@ def configuration(data: Mapping[str, Any]) -> AnyConfig:
     if data["method"] != "apd":
         raise UserError(f"unknown method {data['method']!r}; known: 'apd'; leave it out for SPD")
     return parse_apd_config(data)
+
+
+def language_configuration(data: Mapping[str, Any]) -> LanguageConfig | None:
+    """The configuration in a mapping whose target is a Hugging Face model; None for others.
+
+    Raises:
+        UserError: one line naming the key, what was given, and what is needed.
+    """
+    target = data.get("target")
+    if not isinstance(target, Mapping) or target.get("kind") != "hf":
+        return None
+    return validate(data, LanguageConfig)
 
 
 def expected_sites(config: AnyConfig) -> dict[str, Expected]:

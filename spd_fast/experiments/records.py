@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from spd_fast.errors import UserError
 
-__all__ = ["read_evaluation", "read_metrics"]
+__all__ = ["read_evaluation", "read_language_evaluation", "read_metrics"]
 
 
 class _Site(BaseModel):
@@ -43,6 +43,20 @@ class _Evaluation(BaseModel):
     seed: int
 
 
+class _LanguageEvaluation(BaseModel):
+    name: str
+    ce: dict[str, float]
+    kl: dict[str, float]
+    l0: float
+    sites: dict[str, dict[str, Any]] = Field(min_length=1)
+    groups: dict[str, dict[str, Any]]
+    frontier: list[dict[str, float]]
+    steps: int
+    seconds: float
+    ms_per_step: float
+    seed: int
+
+
 class _MetricsLine(BaseModel):
     step: int
     lr: float
@@ -68,6 +82,19 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: absent, unreadable, or not what an evaluation writes.
     """
+    return _read(folder, _Evaluation, "a run")
+
+
+def read_language_evaluation(folder: Path) -> dict[str, Any]:
+    """The eval.json of a run on a language model.
+
+    Raises:
+        UserError: absent, unreadable, or not what such an evaluation writes.
+    """
+    return _read(folder, _LanguageEvaluation, "a language model")
+
+
+def _read(folder: Path, kind: type[BaseModel], of: str) -> dict[str, Any]:
     path = folder / "eval.json"
     try:
         evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +102,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no finished run ({error})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); `spd-fast eval` makes it again") from None
-    _check(evaluation, _Evaluation, f"{path} is not the evaluation of a run")
+    _check(evaluation, kind, f"{path} is not the evaluation of {of}")
     return evaluation
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from torch import nn
 
 import spd_fast
@@ -48,12 +49,15 @@ __all__ = [
     "MIN_NEURON_R2",
     "Run",
     "check_device",
+    "check_out",
     "contributions",
     "environment",
     "evaluate_run",
     "load_run",
     "make_trainer",
+    "peak_memory_mb",
     "run",
+    "training_time",
 ]
 
 EVALUATION_BATCH = 8192
@@ -111,7 +115,7 @@ def check_device(device: str | None, backend: str | None) -> torch.device:
     return chosen
 
 
-def _check_out(out: Path, config: AnyConfig, resume: bool) -> None:
+def check_out(out: Path, config: BaseModel, resume: bool) -> None:
     """Raise UserError unless ``out`` can take this run; nothing is written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -145,7 +149,7 @@ def run(
         UserError: bad input; one line.
     """
     chosen = check_device(device, backend)
-    _check_out(out, config, resume)
+    check_out(out, config, resume)
     with ExitStack() as locks:
         if out.is_dir():
             locks.enter_context(alone_in(out))
@@ -278,7 +282,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
@@ -318,7 +322,14 @@ def _trained_where(run: Run, here: bool) -> dict[str, Any]:
             pass
     device = _device_of(run.model)
     backend = backends.name_for(run.model.backend, device)
-    return dict(zip(keys, (_peak_memory_mb(device), backend, str(device)), strict=True))
+    return dict(zip(keys, (peak_memory_mb(device), backend, str(device)), strict=True))
+
+
+def training_time(metrics: list[dict[str, Any]]) -> tuple[int, float]:
+    """Steps that metrics cover, and the seconds they took."""
+    steps = [0, *(m["step"] for m in metrics)]
+    spent = ((b - a) * m["ms_per_step"] for (a, b), m in zip(pairwise(steps), metrics, strict=True))
+    return steps[-1], sum(spent) / 1e3
 
 
 def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
@@ -358,11 +369,7 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
         }
     represented = represented_features(model.target, features, device)
     metrics = run.metrics()
-    steps = [0, *(m["step"] for m in metrics)]
-    milliseconds = (
-        (b - a) * m["ms_per_step"] for (a, b), m in zip(pairwise(steps), metrics, strict=True)
-    )
-    seconds = sum(milliseconds) / 1e3
+    steps, seconds = training_time(metrics)
     checks = [s["ci_error"] == 0 for s in sites.values() if s["ci_error"] is not None]
     neurons = contributions(run)
     if neurons is not None:
@@ -377,9 +384,9 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
         if neurons is None
         else {"r2": neurons.r2, "slope": neurons.slope, "layers": neurons.by_layer()},
         "reconstruction": measured.reconstruction,
-        "steps": metrics[-1]["step"] if metrics else 0,
+        "steps": steps,
         "seconds": seconds,
-        "ms_per_step": 1e3 * seconds / max(steps[-1], 1),
+        "ms_per_step": 1e3 * seconds / max(steps, 1),
         **_trained_where(run, trained_here),
         "seed": config.seed,
     }

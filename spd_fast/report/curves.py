@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,10 +23,23 @@ from spd_fast.report.style import (
     steps_axis,
     style,
 )
+from spd_fast.train.config import LoopConfig
 
 __all__ = ["live", "losses", "schedules", "site_l0", "speed"]
 
 MAX_POINTS = 500
+
+
+class Logged(Protocol):
+    """A run of any kind: its log and its configuration."""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def config(self) -> LoopConfig: ...
+
+
 LOSS_NAMES = {
     "total": "total (weighted)",
     "faithfulness": "faithfulness",
@@ -72,7 +85,7 @@ def _frame(lines: int, columns: int = 2, height: float = 170) -> tuple[Figure, A
     return fig, style(axes_at(fig, 48, legend + 38, 300, height))
 
 
-def losses(facts: Facts) -> Figure:
+def losses(facts: Logged) -> Figure:
     """Every loss over time, unweighted, and their weighted total."""
     metrics = _thin(facts.metrics)
     names = [n for n in LOSS_NAMES if metrics and n in metrics[-1]["losses"]]

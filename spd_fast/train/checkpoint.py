@@ -16,7 +16,13 @@ from torch import Tensor
 from spd_fast._files import sync_folder, write_bytes
 from spd_fast.errors import UserError
 
-__all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "numbered_checkpoints",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 
@@ -65,12 +71,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if replaced.exists() and not final.exists():
             replaced.rename(final)
         raise
-    for old in (replaced, *_numbered(folder)[:-keep]):
+    for old in (replaced, *numbered_checkpoints(folder)[:-keep]):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def _numbered(folder: Path) -> list[Path]:
+def numbered_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     if not folder.is_dir():
         return []
@@ -80,7 +86,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint below ``folder``, or None."""
-    numbered = _numbered(folder)
+    numbered = numbered_checkpoints(folder)
     return numbered[-1] if numbered else None
 
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from pydantic_core import PydanticCustomError
 
 from spd_fast.errors import UserError, nearest
+from spd_fast.model.ci_fns import CIFnKind
 from spd_fast.train.fields import (
     NAME,
     NUMBER,
@@ -28,11 +29,17 @@ from spd_fast.train.loss_config import LossConfig, MinimalityConfig
 __all__ = [
     "PRESETS",
     "Config",
+    "DatasetData",
+    "EvaluationConfig",
+    "HFTarget",
+    "LanguageConfig",
     "LoopConfig",
     "LossConfig",
     "MinimalityConfig",
     "ResidMLPTarget",
+    "RunConfig",
     "TMSTarget",
+    "TokenData",
     "TrainConfig",
     "WarmUpConfig",
     "load_config",
@@ -160,15 +167,23 @@ class TrainConfig(LoopConfig):
         return self
 
 
-class Config(TrainConfig):
-    """A whole run: target, sites, model and training."""
+class TransformerConfig(Strict):
+    """The importance function ``transformer``: width of its stream, heads and layers."""
+
+    d_model: Count
+    heads: Count
+    layers: Count
+
+
+class RunConfig(TrainConfig):
+    """A whole run but for its target and data: sites, model and training."""
 
     name: Annotated[str, AfterValidator(plain_name)]
     preset: Annotated[Literal["paper", "2026"], NAME]
-    target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
     sites: Annotated[dict[str, Count], Field(min_length=1)]
-    ci_fn: Literal["mlp", "linear"] = "mlp"
+    ci_fn: CIFnKind = "mlp"
     ci_hidden: tuple[Count, ...] = (16,)
+    ci_transformer: TransformerConfig | None = None
     gate_eval: Literal["exact", "interpolated"] = "exact"
     sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], NAME]
     init: Annotated[Literal["paper", "2026"], NAME]
@@ -182,6 +197,66 @@ class Config(TrainConfig):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class Config(RunConfig):
+    """A run on a network with known mechanisms."""
+
+    target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
+
+
+class HFTarget(Strict):
+    """A Hugging Face model: a local folder or a hub id, and the field of its output that is
+    reconstructed."""
+
+    kind: Literal["hf"] = "hf"
+    path: str
+    output: str = "logits"
+    revision: str | None = None
+
+
+class TokenData(Strict):
+    """Token ids in an ``.npy`` ([rows, positions] or [positions]) or ``.bin`` (ids of ``dtype``);
+    a path that is no file is looked for in the target's folder. ``length``: positions of a
+    sequence. ``eval_path``: what is evaluated on; without it, the same tokens."""
+
+    kind: Literal["tokens"] = "tokens"
+    path: str
+    eval_path: str | None = None
+    length: Count | None = None
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"
+
+
+class DatasetData(Strict):
+    """A Hugging Face dataset with a column of token ids, whose rows are laid end to end and cut
+    into sequences of ``length``."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str
+    split: str = "train"
+    eval_split: str | None = None
+    column: str = "input_ids"
+    streaming: bool = False
+    length: Count
+
+
+class EvaluationConfig(Strict):
+    """What a language model is evaluated on: ``batches`` of ``batch_size`` sequences, against
+    adversaries of each number of ``pgd_steps``."""
+
+    batches: Count = 8
+    batch_size: Count = 8
+    pgd_steps: tuple[CountOrZero, ...] = (1, 4, 16)
+    pgd_step_size: Positive = 0.1
+
+
+class LanguageConfig(RunConfig):
+    """A run on a language model."""
+
+    target: HFTarget
+    data: Annotated[TokenData | DatasetData, Field(discriminator="kind")]
+    divergence: Literal["mse", "kl"] = "kl"
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +293,7 @@ def _fields_at(path: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
 
 
 # What pydantic puts into an error's path to say which member of a union it tried.
-_TAGS = ("tms", "resid_mlp", "number", "mapping")
+_TAGS = ("tms", "resid_mlp", "number", "mapping", "tokens", "huggingface")
 
 
 # For error messages: a few lines of YAML can stand for a value of astronomical size.

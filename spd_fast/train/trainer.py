@@ -56,6 +56,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         out: Path | None = None,
         quiet: bool = False,
     ) -> None:
+        self._of_components = set(map(id, model.components.parameters()))
         super().__init__(model, config, config.losses, batches, out=out, quiet=quiet)
         self.options = config.losses.options()
         persistent = self.options.get(PERSISTENT)
@@ -67,11 +68,10 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         """The model's groups, importance functions apart where their learning rate is another."""
         if self.config.ci_fn_lr is None:
             return self.model.parameter_groups()
-        gates = set(map(id, self.model.ci_fns.parameters()))
         cut = [
-            [p for p in group if (id(p) in gates) == of_gates]
+            [p for p in group if (id(p) in self._of_components) == of_components]
             for group in self.model.parameter_groups()
-            for of_gates in (False, True)
+            for of_components in (True, False)
         ]
         return [group for group in cut if group]
 
@@ -198,19 +198,20 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
 
     def _clip(self) -> None:
         config = self.config
-        for module, limit in (
-            (self.model.components, config.grad_clip),
-            (self.model.ci_fns, config.ci_fn_grad_clip),
-        ):
+        for of_components, limit in ((True, config.grad_clip), (False, config.ci_fn_grad_clip)):
             if limit is not None:
-                nn.utils.clip_grad_norm_(module.parameters(), limit)
+                parameters = self.model.parameters()
+                nn.utils.clip_grad_norm_(
+                    [p for p in parameters if (id(p) in self._of_components) == of_components],
+                    limit,
+                )
 
     def warm_up(self) -> None:
         """Faithfulness alone, on V and U; its optimiser's moments are then forgotten."""
         warm_up = self.config.warm_up
-        components = set(map(id, self.model.components.parameters()))
         groups = [
-            [p for p in group if id(p) in components] for group in self.model.parameter_groups()
+            [p for p in group if id(p) in self._of_components]
+            for group in self.model.parameter_groups()
         ]
         optimizer = self._adamw(groups, warm_up.lr, warm_up.weight_decay)
         for _ in range(warm_up.steps):
@@ -220,10 +221,9 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
 
     def _set_lr(self, index: int) -> None:
         config = self.config
-        gates = set(map(id, self.model.ci_fns.parameters()))
         for group in self.optimizer.param_groups:
             lr = config.lr
-            if config.ci_fn_lr is not None and id(group["params"][0]) in gates:
+            if config.ci_fn_lr is not None and id(group["params"][0]) not in self._of_components:
                 lr = config.ci_fn_lr
             group["lr"] = learning_rate(config.lr_schedule, lr, index, config.steps)
 

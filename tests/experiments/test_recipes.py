@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spd_fast.errors import UserError
-from spd_fast.experiments import expected_sites, recipe, recipes
+from spd_fast.experiments import expected_sites, language_configuration, recipe, recipes
 from spd_fast.targets import make_target
 from spd_fast.train import parse_config
 
@@ -13,6 +13,7 @@ TMS = ("tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id")
 MLP = ("resid_mlp1", "resid_mlp2", "resid_mlp3")
 NETWORKS = (*TMS, *MLP)
 LATER = tuple(f"{name}-2026" for name in NETWORKS)
+LANGUAGE = ("stories260k", "stories260k-small")
 ROBUST = ("resid_mlp2-robust", "resid_mlp3-robust")
 ALL = pytest.mark.parametrize("name", NETWORKS)
 EVERY_RECIPE = pytest.mark.parametrize("name", [*NETWORKS, *LATER, *ROBUST])
@@ -46,7 +47,15 @@ def config(name):
 
 
 def test_every_experiment_of_the_paper_ships_with_both_presets():
-    assert {n for n in recipes() if "/" not in n} == {*NETWORKS, *LATER, *ROBUST}
+    assert {n for n in recipes() if "/" not in n} == {*NETWORKS, *LATER, *ROBUST, *LANGUAGE}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_recipes_of_language_models_are_valid(name):
+    found = language_configuration(recipe(name))
+    assert found.name == name
+    assert found.divergence == "kl"
+    assert language_configuration(recipe("tms_5-2")) is None
 
 
 @ALL
