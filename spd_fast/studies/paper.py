@@ -47,6 +47,8 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "resid_mlp2": (0, 1, 2, 3, 4),
     "resid_mlp2-2026": (0,),
     "resid_mlp2-robust": (0, 1, 2, 3, 4),
+    "apd/resid_mlp1": (0,),
+    "apd/resid_mlp2": (0,),
     "resid_mlp3": (0, 1, 2),
     "resid_mlp3-2026": (0,),
     "resid_mlp3-robust": (0, 1, 2, 3, 4),

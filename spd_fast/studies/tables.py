@@ -123,7 +123,7 @@ def table1(sources: Sources, method: str) -> str:
 def residual_table(sources: Sources) -> str:
     """Ground-truth errors, live components and neuron contributions of the residual MLPs."""
     rows = []
-    for name in (n for n in SEEDS if n.startswith("resid")):
+    for name in (n for n in SEEDS if network_of(n).startswith("resid")):
         records = sources.runs.get(name, {})
         for seed, record in sorted(records.items()):
             evaluation = record["evaluation"]
