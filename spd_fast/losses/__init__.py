@@ -21,6 +21,7 @@ from spd_fast.losses.reconstruction import (
     unmasked_recon,
 )
 from spd_fast.losses.routing import Routing, draw_routing
+from spd_fast.losses.sampling import jittered
 from spd_fast.losses.step import Part, Step
 from spd_fast.losses.stochastic import (
     stochastic_hidden_acts_recon,
@@ -63,6 +64,7 @@ __all__ = [
     "faithfulness",
     "find_sources",
     "importance_minimality",
+    "jittered",
     "persistent_pgd_recon",
     "pgd_recon",
     "pgd_recon_layerwise",

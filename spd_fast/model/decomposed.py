@@ -33,7 +33,7 @@ from spd_fast.model.replay import overridden_forwards, prefixes
 from spd_fast.model.sites import Site, SiteModel, resolve_sites, submodules
 from spd_fast.ops.gate import GateEval, check_gate_eval
 from spd_fast.ops.penalty import Penalty
-from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid, upper_importance
+from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid
 
 __all__ = ["CleanForward", "DecomposedModel"]
 
@@ -337,12 +337,14 @@ class DecomposedModel(SiteModel):
 
             out = (rest[0], rest[1])
 
-        def upper() -> Tensor:
+        def logits() -> Tensor:
             rows = inner.reshape(-1, inner.shape[-1])
             s = ops.gate_logits(rows, network.weights, network.biases, gate_eval)
-            return upper_importance(s, self.sigmoid).reshape(inner.shape)
+            return s.reshape(inner.shape)
 
-        return SiteImportances(*out, upper=upper, inner=lambda: inner, known_inner=inner)
+        return SiteImportances(
+            *out, logits=logits, sigmoid=self.sigmoid, inner=lambda: inner, known_inner=inner
+        )
 
     def _gate_inner(
         self, gate: MLPGate, inner: Tensor, penalty: Penalty | None
@@ -381,7 +383,8 @@ class DecomposedModel(SiteModel):
         return SiteImportances(
             out.lower,
             out.penalty_sum,
-            upper=lambda: upper_importance(logits, self.sigmoid),
+            logits=lambda: logits,
+            sigmoid=self.sigmoid,
             inner=lambda: self._inner(site, x),
             known_inner=inner,
         )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
+from spd_fast.ops.sigmoids import SigmoidKind, upper_importance
+
 __all__ = ["Importances", "SiteImportances"]
 
 
@@ -16,7 +18,7 @@ class SiteImportances:
         lower: g [..., C], what masks are made of.
         penalty_sum: S [C] = Σ over positions of ψ(g⁺).
         known_inner: h [..., C] where the importance function has computed it, else None.
-        positions: N, how many positions this site saw.
+        positions: N, how many positions this site saw. sigmoid: that makes g and g⁺ of s.
     """
 
     def __init__(
@@ -24,14 +26,16 @@ class SiteImportances:
         lower: Tensor,
         penalty_sum: Tensor,
         *,
-        upper: Callable[[], Tensor],
+        logits: Callable[[], Tensor],
+        sigmoid: SigmoidKind,
         inner: Callable[[], Tensor],
         known_inner: Tensor | None = None,
     ) -> None:
         self.lower = lower
         self.penalty_sum = penalty_sum
         self.known_inner = known_inner
-        self._upper, self._inner = upper, inner
+        self.sigmoid: SigmoidKind = sigmoid
+        self._logits, self._inner = logits, inner
 
     @property
     def positions(self) -> int:
@@ -43,9 +47,14 @@ class SiteImportances:
         return self._inner() if self.known_inner is None else self.known_inner
 
     @property
+    def logits(self) -> Tensor:
+        """s [..., C], computed when asked for."""
+        return self._logits()
+
+    @property
     def upper(self) -> Tensor:
         """g⁺ [..., C], computed when asked for: no loss needs it whole."""
-        return self._upper()
+        return upper_importance(self.logits, self.sigmoid)
 
     def detach(self) -> SiteImportances:
         """The same numbers without gradients."""
@@ -53,9 +62,21 @@ class SiteImportances:
         return SiteImportances(
             self.lower.detach(),
             self.penalty_sum.detach(),
-            upper=self._upper,
+            logits=self._logits,
+            sigmoid=self.sigmoid,
             inner=self._inner,
             known_inner=None if known is None else known.detach(),
+        )
+
+    def with_lower(self, lower: Tensor) -> SiteImportances:
+        """The same with other lower importances."""
+        return SiteImportances(
+            lower,
+            self.penalty_sum,
+            logits=self._logits,
+            sigmoid=self.sigmoid,
+            inner=self._inner,
+            known_inner=self.known_inner,
         )
 
 

@@ -19,6 +19,7 @@ from spd_fast.losses import (
     Step,
     faithfulness,
     find_sources,
+    jittered,
 )
 from spd_fast.model import DecomposedModel
 from spd_fast.ops import make_key
@@ -121,8 +122,11 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
             clean = self.model.clean_forward(piece.batch)
             penalty = config.losses.importance_minimality.penalty_at(index / config.steps)
             importances = self.model.causal_importances(clean, penalty)
+            offset = importances.positions // piece.samples * piece.start
+            if config.sampling == "binomial":
+                sites = self.model.sites
+                importances = jittered(importances, sites, key, config.draws, offset)
         totals = shared.pop("penalty_totals", None)
-        rows = importances.positions // piece.samples
         return Step(
             self.model,
             piece.batch,
@@ -132,7 +136,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
             config.divergence,
             config.draws,
             self.options,
-            Part(piece.share, rows * piece.start, piece.start, totals),
+            Part(piece.share, offset, piece.start, totals),
             config.sampling == "binomial",
             config.activation_checkpointing,
             persistent=self.persistent,

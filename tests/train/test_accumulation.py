@@ -69,12 +69,17 @@ def test_in_four_pieces_all_losses_together_are_those_of_the_whole_batch():
     same(EVERY_LOSS, 4)
 
 
+def test_binomial_sampling_is_the_same_in_pieces():
+    same(EVERY_LOSS, 4, sampling="binomial")
+
+
 def test_pieces_need_not_be_equal():
     same(EVERY_LOSS, 3, batch_size=9)
 
 
 def same(losses, count, **changes):
-    whole, cut = trainer(losses=losses), trainer(losses=losses, accumulation=count, **changes)
+    whole = trainer(losses=losses, **changes)
+    cut = trainer(losses=losses, accumulation=count, **changes)
     for index in range(2):
         ours, theirs = cut.train_step(index)[0], whole.train_step(index)[0]
         assert list(ours) == list(theirs)
