@@ -1,7 +1,7 @@
 """What the paper's page is made of: finished runs, studies and costs, kept beside it.
 
-The folder of a page holds ``runs/*.json`` (a finished run each), ``STUDY.csv`` with ``STUDY.png``,
-and ``estimates.json`` (what a step costs, for the time of what was not run).
+The folder of a page holds ``evaluations/*.json`` (a finished run each), ``STUDY.csv`` with
+``STUDY.png``, and ``estimates.json`` (what a step costs, for the time of what was not run).
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def collect(folders: Iterable[Path], into: Path) -> list[Path]:
         for run in runs:
             record = _record(run)
             evaluation = record["evaluation"]
-            path = into / "runs" / f"{folder_of(evaluation['name'])}-seed{evaluation['seed']}.json"
+            name = f"{folder_of(evaluation['name'])}-seed{evaluation['seed']}"
+            path = into / "evaluations" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
             written.append(path)
@@ -127,7 +128,7 @@ def estimate(into: Path, say: Callable[[str], None] = print) -> Path:
 def read_sources(folder: Path) -> Sources:
     """Everything that :func:`collect` and :func:`estimate` wrote."""
     sources = Sources()
-    for path in sorted((folder / "runs").glob("*.json")):
+    for path in sorted((folder / "evaluations").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         evaluation = record["evaluation"]
         sources.runs.setdefault(evaluation["name"], {})[evaluation["seed"]] = record

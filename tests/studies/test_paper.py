@@ -24,7 +24,8 @@ TINY = [
 
 
 def test_every_recipe_is_in_the_paper():
-    assert set(SEEDS) == set(recipes())
+    toys = ("tms", "resid_mlp")
+    assert set(SEEDS) == {n for n in recipes() if recipe(n)["target"].get("kind") in toys}
 
 
 def test_claims_are_the_recipes_as_they_ship():
@@ -141,7 +142,7 @@ def record(name, seed, **changes):
 
 
 def put(page, *records):
-    folder = page.with_suffix("") / "runs"
+    folder = page.with_suffix("") / "evaluations"
     folder.mkdir(parents=True, exist_ok=True)
     for i, one in enumerate(records):
         (folder / f"{i}.json").write_text(json.dumps(one))
@@ -229,7 +230,7 @@ def shipped(monkeypatch):
 
 def test_finished_runs_are_collected_with_date_and_machine(tmp_path, finished, shipped):
     (path,) = sources.collect([finished], tmp_path / "paper")
-    assert path == tmp_path / "paper" / "runs" / "tms_5-2-seed2.json"
+    assert path == tmp_path / "paper" / "evaluations" / "tms_5-2-seed2.json"
     found = json.loads(path.read_text())
     assert found["evaluation"] == json.loads((finished / "eval.json").read_text())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", found["date"])
