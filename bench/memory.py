@@ -151,15 +151,19 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def sweep(providers: list[str], quick: bool) -> list[dict[str, str]]:
-    """Extra memory of the fused layer, forward and backward, for every C: one row each."""
+    """Extra memory of the fused layer, forward and backward, for every C: one row each. The cpu's
+    streaming mode is a curve of its own."""
     counts = (32, 64, 128) if quick else COMPONENTS
     rows = []
     where = machine()
-    with Progress("memory", len(counts) * len(providers)) as progress:
-        for i, (C, provider) in enumerate((c, p) for p in providers for c in counts):
+    curves = [(p, "layer", p) for p in providers]
+    if "cpu" in providers:
+        curves.append(("cpu streamed", "layer_streamed", "cpu"))
+    with Progress("memory", len(counts) * len(curves)) as progress:
+        for i, (C, (name, workload, provider)) in enumerate((c, v) for v in curves for c in counts):
             shape = replace(CPU_SHAPE.small() if quick else CPU_SHAPE, C=C)
             row = {
-                "workload": "layer", "provider": provider, "N": shape.N, "d_in": shape.d_in,
+                "workload": workload, "provider": name, "N": shape.N, "d_in": shape.d_in,
                 "d_out": shape.d_out, "C": C, "hidden": shape.hidden, "extra_mb": "",
                 "parameter_gradients_mb": f"{_parameter_gradients_mb(shape):.3f}",
                 "status": "measured",
@@ -168,10 +172,10 @@ def sweep(providers: list[str], quick: bool) -> list[dict[str, str]]:
             if needs > 0.7 * _available_mb():
                 row["status"] = f"not run: eager would need about {needs / 1024:.0f} GB"
             else:
-                memory = fresh_process("layer", provider, components=C, quick=quick)
+                memory = fresh_process(workload, provider, components=C, quick=quick)
                 row["extra_mb"] = f"{memory['extra_mb']:.3f}"
             rows.append({k: str(v) for k, v in row.items()} | where)
-            progress.update(i + 1, f"{provider}, C = {C}")
+            progress.update(i + 1, f"{name}, C = {C}")
     return rows
 
 

@@ -26,6 +26,7 @@ COLOURS = {
     "reference": "#8a8f98",
     "compile": "#d98e3f",
     "cpu": "#2f6db3",
+    "cpu streamed": "#7fb0e0",
     "triton": "#3a9d6a",
     "cuda": "#7a4fb5",
     "products": "#c9ccd1",
@@ -34,6 +35,7 @@ LABELS = {
     "reference": "reference (eager)",
     "compile": "torch.compile(reference)",
     "cpu": "spd_fast cpu",
+    "cpu streamed": "spd_fast cpu, streaming mode",
     "triton": "spd_fast triton",
     "cuda": "spd_fast cuda",
 }

@@ -423,6 +423,68 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compo
   return {grad_x, grad_inner, grad_V, grad_U, grad_lower, grad_source, grad_delta, grad_bias};
 }
 
+// ---- layer
+
+std::tuple<Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& V, const Tensor& U, const Tensor& w_in,
+                                         const Tensor& b_in, const Tensor& w_out, const Tensor& b_out,
+                                         const std::string& sigmoid, const std::string& penalty, double power,
+                                         double eps, const OptTensor& key, int64_t draw, int64_t site,
+                                         int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta,
+                                         const OptTensor& weight, const OptTensor& bias, const OptTensor& routing) {
+  Plain plain;
+  const LinearInputs a = linear_inputs(x, {}, V, U, {}, {}, key, draw, site, row_offset, binomial, delta, random_delta,
+                                       weight, bias, routing);
+  const GateInputs gate =
+      gate_inputs(x.scalar_type(), a.components, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps);
+  const Tensor y = at::empty({a.rows, a.d_out}, x.options());
+  const Tensor sums = at::empty({a.components}, x.options());
+  in_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().layer_forward(host<T>(), {a.as<T>(), gate.as<T>()}, output<T>(y), output<T>(sums));
+  });
+  return {y, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
+    const Tensor& grad_y_in, const OptTensor& grad_penalty_in, const Tensor& x, const Tensor& V, const Tensor& U,
+    const Tensor& w_in, const Tensor& b_in, const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid,
+    const std::string& penalty, double power, double eps, const OptTensor& key, int64_t draw, int64_t site,
+    int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta, const OptTensor& weight,
+    const OptTensor& bias, const OptTensor& routing, bool need_x) {
+  Plain plain;
+  const LinearInputs a = linear_inputs(x, {}, V, U, {}, {}, key, draw, site, row_offset, binomial, delta, random_delta,
+                                       weight, bias, routing);
+  const auto dtype = x.scalar_type();
+  const GateInputs gate = gate_inputs(dtype, a.components, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps);
+  check_kind(grad_y_in, "grad_y", dtype);
+  check_shape(grad_y_in, "grad_y", {a.rows, a.d_out});
+  const Tensor grad_y = unit_columns(grad_y_in);
+  Tensor grad_penalty;
+  if (grad_penalty_in) {
+    check_kind(*grad_penalty_in, "grad_penalty", dtype);
+    check_shape(*grad_penalty_in, "grad_penalty", {a.components});
+    grad_penalty = grad_penalty_in->contiguous();
+  }
+  const auto options = x.options();
+  const Tensor grad_x = need_x ? at::empty({a.rows, a.d_in}, options) : Tensor();
+  const Tensor grad_V = at::empty({a.d_in, a.components}, options);
+  const Tensor grad_U = at::empty({a.components, a.d_out}, options);
+  const Tensor grad_bias = bias ? at::empty({a.d_out}, options) : Tensor();
+  const Tensor grad_w_in = at::empty({a.components, gate.hidden}, options);
+  const Tensor grad_b_in = at::empty({a.components, gate.hidden}, options);
+  const Tensor grad_w_out = at::empty({a.components, gate.hidden > 0 ? gate.hidden : 1}, options);
+  const Tensor grad_b_out = at::empty({a.components}, options);
+  in_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    spd::kernels<T>().layer_backward(
+        host<T>(), {a.as<T>(), gate.as<T>()},
+        {row_matrix<T>(grad_y), pointer<T>(grad_penalty), output<T>(grad_x), output<T>(grad_V), output<T>(grad_U),
+         output<T>(grad_bias), output<T>(grad_w_in), output<T>(grad_b_in), output<T>(grad_w_out),
+         output<T>(grad_b_out)});
+  });
+  return {grad_x, grad_V, grad_U, grad_w_in, grad_b_in, grad_w_out, grad_b_out, grad_bias};
+}
+
 // ---- faithfulness
 
 template <class T>
@@ -528,6 +590,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("random_delta"), py::arg("weight"), py::arg("bias"), py::arg("routing"), py::arg("need_x"),
         py::arg("need_inner"), py::arg("need_V"), py::arg("need_U"), py::arg("need_lower"), py::arg("need_source"),
         py::arg("need_delta"), py::arg("need_bias"));
+  m.def("layer_forward", &layer_forward, release);
+  m.def("layer_backward", &layer_backward, release);
   m.def("faithfulness_forward", &faithfulness_forward, release, py::arg("V"), py::arg("U"), py::arg("W"));
   m.def("faithfulness_backward", &faithfulness_backward, release, py::arg("grad"), py::arg("V"), py::arg("U"),
         py::arg("W"));

@@ -120,6 +120,24 @@ struct ComponentLinearGrads {
   T* bias;           // [d_out]
 };
 
+// Gate and masked component sum in one; `linear` has neither inner activations nor lower importances nor sources.
+template <class T>
+struct Layer {
+  ComponentLinear<T> linear;
+  Gate<T> gate;
+};
+
+template <class T>
+struct LayerGrads {
+  Matrix<T> grad_y;   // col == 1
+  const T* penalty;   // [C] incoming, or null
+  T* x;               // [N, d_in] or null
+  T* V;               // [d_in, C]
+  T* U;               // [C, d_out]
+  T* bias;            // [d_out] or null
+  T *w_in, *b_in, *w_out, *b_out;
+};
+
 template <class T>
 struct Faithfulness {
   int64_t d_in, components, d_out;
@@ -136,6 +154,8 @@ struct Kernels {
   void (*component_linear_forward)(const Host<T>&, const ComponentLinear<T>&, T* y);
   void (*component_linear_backward)(const Host<T>&, const ComponentLinear<T>&,
                                     const ComponentLinearGrads<T>&);
+  void (*layer_forward)(const Host<T>&, const Layer<T>&, T* y, T* penalty_sum);
+  void (*layer_backward)(const Host<T>&, const Layer<T>&, const LayerGrads<T>&);
   double (*faithfulness_forward)(const Host<T>&, const Faithfulness<T>&);
   void (*faithfulness_backward)(const Host<T>&, const Faithfulness<T>&, T grad, T* grad_V, T* grad_U);
   // out [rows, columns] row-major.

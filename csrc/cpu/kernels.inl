@@ -43,6 +43,8 @@ static int64_t component_chunk(int64_t rows, int64_t components) {
 
 #include "component_linear.inl"
 
+#include "layer.inl"
+
 #include "faithfulness.inl"
 
 template <class T>
@@ -52,6 +54,8 @@ constexpr Kernels<T> table{gate_forward<T>,
                            gate_interpolated_backward<T>,
                            component_linear_forward<T>,
                            component_linear_backward<T>,
+                           layer_forward<T>,
+                           layer_backward<T>,
                            faithfulness_forward<T>,
                            faithfulness_backward<T>,
                            uniform<T>};

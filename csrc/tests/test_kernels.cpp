@@ -457,6 +457,57 @@ void test_linear(const std::string& name, int path, Shape n, Recipe k, std::vect
   compare(name + " grad_bias", g_bias, t_bias);
 }
 
+// The layer against the gate and the masked sum, which are tested above.
+template <class T>
+void test_layer(const std::string& name, Shape n, Recipe k) {
+  const int64_t N = n.rows, D = n.d_in, C = n.components, O = n.d_out, H = n.hidden, outs = std::max<int64_t>(H, 1);
+  auto x = normal<T>(N * D), V = normal<T>(D * C, 1 / std::sqrt(double(D))), U = normal<T>(C * O), W = normal<T>(O * D);
+  auto bias = normal<T>(O), delta = unit<T>(N), grad_y = normal<T>(N * O), grad_penalty = normal<T>(C);
+  auto w_in = normal<T>(C * H), b_in = normal<T>(C * H, 0.5), w_out = normal<T>(C * outs), b_out = normal<T>(C, 0.5);
+  std::vector<uint8_t> routed;
+  for (int64_t i = 0; i < N; ++i) routed.push_back(generator() % 2);
+  const spd::Gate<T> gate{at(w_in), at(b_in), at(w_out), at(b_out), H, spd::Sigmoid::paper, spd::Penalty::lp, T(2), T(0)};
+  spd::ComponentLinear<T> a{};
+  a.rows = N, a.d_in = D, a.components = C, a.d_out = O;
+  a.x = {at(x), D, 1};
+  a.V = {at(V), C, 1};
+  a.U = {at(U), O, 1};
+  a.key = {k.key, k.binomial, 5, 6, 7, 8, 9};
+  a.delta = k.delta ? at(delta) : nullptr;
+  a.random_delta = k.random_delta;
+  if (k.delta || k.random_delta || k.routed) a.weight = {at(W), D, 1};
+  a.bias = k.bias ? at(bias) : nullptr;
+  a.routed = k.routed ? at(routed) : nullptr;
+
+  std::vector<T> y(size_t(N * O)), sums(static_cast<size_t>(C)), inner(size_t(N * C)), lower(size_t(N * C)),
+      g_inner(size_t(N * C)), g_lower(size_t(N * C)), x_direct(size_t(N * D)), g_x(size_t(N * D)), g_V(size_t(D * C)),
+      g_U(size_t(C * O)), g_bias(static_cast<size_t>(O)), g_w_in(size_t(C * H)), g_b_in(size_t(C * H)),
+      g_w_out(size_t(C * outs)), g_b_out(static_cast<size_t>(C));
+  const auto& table = spd::kernels<T>();
+  table.gate_forward(host<T>(2), {N, D, C, a.x, a.V, gate, at(inner), at(lower), at(sums)});
+  spd::ComponentLinear<T> given = a;
+  given.inner = at(inner);
+  given.lower = at(lower);
+  table.component_linear_forward(host<T>(2), given, at(y));
+  spd::ComponentLinearGrads<T> g{};
+  g.grad_y = {at(grad_y), O, 1};
+  g.x = at(x_direct), g.inner = at(g_inner), g.lower = at(g_lower), g.U = at(g_U), g.bias = at(g_bias);
+  table.component_linear_backward(host<T>(2), given, g);
+  table.gate_backward(host<T>(2), {N, D, C, at(g_inner), at(g_lower), at(grad_penalty), a.x, a.V, at(inner), gate, at(g_x),
+                                   at(g_V), at(g_w_in), at(g_b_in), at(g_w_out), at(g_b_out)});
+  for (size_t i = 0; i < g_x.size(); ++i) g_x[i] += x_direct[i];
+  const std::vector<std::vector<T>> expected{y, sums, g_x, g_V, g_U, g_bias, g_w_in, g_b_in, g_w_out, g_b_out};
+
+  std::vector<std::vector<T>> got;
+  for (const auto& part : expected) got.emplace_back(part.size(), T(-7));
+  table.layer_forward(host<T>(0), {a, gate}, at(got[0]), at(got[1]));
+  table.layer_backward(host<T>(0), {a, gate},
+                       {g.grad_y, at(grad_penalty), at(got[2]), at(got[3]), at(got[4]), at(got[5]), at(got[6]), at(got[7]),
+                        at(got[8]), at(got[9])});
+  for (size_t i = 0; i < expected.size(); ++i)
+    compare(name + " part " + std::to_string(i), got[i], std::vector<Real>(expected[i].begin(), expected[i].end()));
+}
+
 template <class T>
 void test_faithfulness(const std::string& name, Shape n) {
   const int64_t D = n.d_in, C = n.components, O = n.d_out;
@@ -521,6 +572,8 @@ void test_kernels(const std::string& isa) {
       if (n.hidden > 0) test_interpolated_gate<T>(at_shape + " interpolated", path, n);
       for (const Recipe& k : recipes) test_linear<T>(at_shape + " recipe " + k.text(), path, n, k);
       test_faithfulness<T>(at_shape + " faithfulness", n);
+      for (const Recipe& k : recipes)
+        if (path == 1) test_layer<T>(at_shape + " layer " + k.text(), n, k);
     }
     std::vector<T> results[2];
     for (int t : {1, 2}) {

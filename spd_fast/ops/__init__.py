@@ -8,6 +8,7 @@ from spd_fast.ops.faithfulness import faithfulness, weight_delta
 from spd_fast.ops.gate import GATE_EVALS, GateEval, GateOutput, gate, gate_logits
 from spd_fast.ops.gate_inner import gate_inner
 from spd_fast.ops.importances import ImportancesOutput, importances
+from spd_fast.ops.layer import LayerOutput, layer
 from spd_fast.ops.linear_kl import linear_kl
 from spd_fast.ops.masks import MaskRecipe, materialize_mask
 from spd_fast.ops.penalty import Penalty, penalty_sums
@@ -20,6 +21,7 @@ __all__ = [
     "GateEval",
     "GateOutput",
     "ImportancesOutput",
+    "LayerOutput",
     "MaskRecipe",
     "Penalty",
     "RandomSource",
@@ -33,6 +35,7 @@ __all__ = [
     "gate_logits",
     "importances",
     "kl_divergence",
+    "layer",
     "linear_kl",
     "lower_importance",
     "make_key",

@@ -30,6 +30,8 @@ PRIMITIVES = (
     "gate_interpolated_backward",
     "component_linear_forward",
     "component_linear_backward",
+    "layer_forward",
+    "layer_backward",
     "faithfulness_forward",
     "faithfulness_backward",
 )
