@@ -37,7 +37,6 @@ PRESET_2026 = {
     "tms_40-10": (1e-4, 1e-3, "cosine", 10_000),
     "tms_40-10-id": (1e-4, 1e-3, "cosine", 20_000),
     "resid_mlp1": (1e-5, 2e-3, "constant", 20_000),
-    "resid_mlp2": (3e-5, 1e-3, "constant", 20_000),
     "resid_mlp3": (1e-5, 1e-3, "constant", 50_000),
 }
 
@@ -71,7 +70,7 @@ def test_a_recipe_has_the_papers_hyperparameters(name):
     assert (found.batch_size, found.draws, found.preset) == (batch, 1, "paper")
 
 
-@ALL
+@pytest.mark.parametrize("name", PRESET_2026)
 def test_a_recipe_of_2026_has_that_codes_hyperparameters(name):
     coefficient, lr, schedule, steps = PRESET_2026[name]
     found, paper = config(f"{name}-2026"), config(name)
@@ -86,6 +85,24 @@ def test_a_recipe_of_2026_has_that_codes_hyperparameters(name):
     same = ("target", "sites", "ci_fn", "ci_hidden", "batch_size", "draws")
     assert all(getattr(found, key) == getattr(paper, key) for key in same)
     assert found.losses.importance_minimality.p == paper.losses.importance_minimality.p
+
+
+def test_two_layers_are_decomposed_otherwise_in_2026():
+    found, paper = config("resid_mlp2-2026"), config("resid_mlp2")
+    assert (found.preset, found.ci_fn, found.ci_hidden) == ("2026", "shared_mlp", (256,))
+    assert found.losses.coefficients() == {
+        "faithfulness": 1,
+        "stochastic_recon_subset": 2,
+        "pgd_recon_subset": 2,
+        "importance_minimality": 2e-6,
+    }
+    minimality, adversary = found.losses.importance_minimality, found.losses.pgd_recon_subset
+    assert (minimality.p, minimality.beta) == (2, 5)
+    assert (adversary.pgd_steps, adversary.step_size, adversary.init) == (1, 1.0, "random")
+    assert adversary.scope == "shared_across_batch"
+    assert (found.lr, found.lr_schedule, found.steps) == (3e-4, "constant", 25_000)
+    assert (found.warm_up.steps, found.warm_up.weight_decay) == (200, 0)
+    assert (found.target, found.sites) == (paper.target, paper.sites)
 
 
 @pytest.mark.parametrize("name", ROBUST)
