@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo paper paper-quick test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels gpu clean
+.PHONY: setup demo paper paper-quick test lint coverage sanitize bench bench-memory bench-verify bench-micro profile kernels kernels-3.6 gpu clean
 
 setup: $(STAMP)
 
@@ -84,13 +84,26 @@ profile: setup
 	$(BIN)/python -m bench.profile_step $(EXPERIMENT) --backend $(BACKEND) --trace build/$(EXPERIMENT).json
 
 # Every Triton kernel compiled for every target without a GPU: registers, shared memory, spills.
+# OUT="bench/results/kernels_triton-{triton}.csv" writes the table; ONLY="--targets sm_90" cuts it short.
+COMPILE := -m spd_fast.kernels.compile $(ONLY) $(if $(OUT),--out "$(OUT)")
 kernels: setup
-	$(BIN)/python -m spd_fast.kernels.compile
+	$(BIN)/python $(COMPILE)
 
-# On a machine with a GPU, without network: its own Python with torch, Triton and pytest.
+# The same with Triton 3.6, which current GPU machines carry, in a folder of its own.
+TRITON_36 := build/triton-3.6
+$(TRITON_36)/.installed:
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
+	  --target $(TRITON_36) "triton==3.6.0"
+	touch $@
+kernels-3.6: setup $(TRITON_36)/.installed
+	PYTHONPATH=$(TRITON_36) $(BIN)/python $(COMPILE)
+
+# On a machine with a GPU, without network: its own Python with torch, Triton and what the tests need
+# (the training step also pydantic; without it that one is not measured).
+# Writes bench/results/gpu.csv and plots, and fills the measured columns of docs/kernels.md.
 gpu:
-	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m bench.gpu --out bench/results/gpu.csv
+	$(PYTHON) -m pytest -m gpu tests/kernels tests/train/test_step_graph.py
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf build *.egg-info spd_fast/*.so .pytest_cache .ruff_cache .mypy_cache

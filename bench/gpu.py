@@ -31,6 +31,8 @@ LANE_RATE = 132 * 128 * 1.755e9
 ROUNDS = 15
 # Above this many elements the gate keeps no inner activations, and the layer asks for none.
 STREAMED = 2**28
+# Partial sums of the gate's backward: columns of [groups, fields, chunk] over all groups.
+PARTIAL_COLUMNS = 4096 * 32
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Work:
     name: str
     shape: Shape
     bars: tuple[Bar, ...] = ()
+    compiled: bool = False  # torch.compile takes part: half a minute for each pass
 
     @property
     def elements(self) -> int:
@@ -54,7 +57,7 @@ class Work:
 def _registered(name: str, registered: str) -> Work:
     workload = GPU[registered]
     assert isinstance(workload, OperationWorkload)
-    return Work(name, workload.shape, workload.bars)
+    return Work(name, workload.shape, workload.bars, workload.compiled)
 
 
 WORKLOADS = (
@@ -162,6 +165,26 @@ def eager_memory(work: Work) -> float:
     return memory.peak / 1e6
 
 
+def ceiling(work: Work) -> float:
+    """MB that a forward and backward adds at most: docs/kernels.md, "Memory"."""
+    from spd_fast.kernels import regimes
+
+    s, n = work.shape, work.elements
+    kept = n <= STREAMED
+    chunk, narrow = min(regimes.CHUNK_ELEMENTS, n), min(regimes.NARROW_ELEMENTS, n)
+    sums = 4 * PARTIAL_COLUMNS * (3 * s.hidden + 1)
+    if kept:
+        of_sum, of_gate = 4 * n + narrow, 3 * n + chunk  # h, g, h̄, ḡ; a. h, h̄, ḡ; the gate's h̄
+    else:
+        of_sum, of_gate = 2 * n + 3 * chunk, n + 2 * chunk  # g, ḡ; h, a, ā. ḡ; h and the gate's h̄
+    # y; x̄, which a sum over several chunks holds in fp32 and rounds at the end.
+    activations = s.N * (s.d_out + s.d_in * (1 if n <= chunk else 3))
+    # Ū, the gate's parameters; V̄, when streaming from the gate, from the masked sum and their sum.
+    parameters = s.C * (s.d_out + s.d_in * (1 if kept else 3) + 3 * s.hidden + 1)
+    elements = max(of_sum, of_gate) + activations + parameters
+    return (2 * elements + sums + 4 * (3 * s.hidden + 1) * (s.C + chunk // s.N)) / 1e6
+
+
 HEADER = "| workload | kernel | launches | MB | GFLOP | predicted ms | measured ms |"
 MEMORY_HEADER = "| workload | eager MB | spd_fast MB | ratio | measured MB |"
 
@@ -260,6 +283,8 @@ def _layer(work: Work, backward: bool, peak: float) -> list[Measurement]:
     results: list[Measurement] = []
     steps: dict[str, Callable[[bool], None]] = {}
     for name, backend, compiled in VARIANTS:
+        if compiled and not work.compiled:
+            continue
         try:
             steps[name] = step_of(work, backend, "cuda", compiled)
             for _ in range(3):
@@ -311,22 +336,27 @@ def _toy_steps() -> list[Measurement]:
 
     from bench.problems import step_trainer
 
-    results = []
+    def steps(trainer: Any) -> None:
+        for _ in range(20):
+            trainer.train_step(trainer.step)
+            trainer.step += 1
+
     trainers = {
-        name: step_trainer(TOY, backend, device="cuda", capture=capture)
-        for name, backend, capture in (
-            ("eager", "reference", False), ("spd_fast", "triton", False),
-            ("spd_fast, captured", "triton", True),
-        )
-    }  # fmt: skip
-    for trainer in trainers.values():
-        trainer.fit(20)
+        "eager": step_trainer(TOY, "reference", device="cuda"),
+        "spd_fast": step_trainer(TOY, "triton", device="cuda"),
+        "spd_fast, captured": step_trainer(TOY, "triton", device="cuda"),
+    }
+    for name, trainer in trainers.items():
+        if name != "spd_fast, captured":
+            trainer.graph = None
+        steps(trainer)
+    results = []
     samples: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(ROUNDS):
         for name, trainer in trainers.items():
             torch.cuda.synchronize()
             started = time.perf_counter()
-            trainer.fit(trainer.step + 20)
+            steps(trainer)
             torch.cuda.synchronize()
             samples[name].append(1e3 * (time.perf_counter() - started) / 20)
     for name, values in samples.items():
@@ -413,7 +443,11 @@ def measure(out: Path, page: Path, minutes: float) -> None:
     deadline = time.monotonic() + 60 * minutes
     peak, copies = _ceilings()
     where = _where(peak, copies)
-    results, times = _toy_steps(), {}
+    results, times = [], {}
+    try:
+        results += _toy_steps()
+    except ModuleNotFoundError as error:
+        print(f"step {TOY}: not measured, {error.name} is not installed")
     for work in WORKLOADS:
         for backward in (True, False):
             if time.monotonic() > deadline:
@@ -441,8 +475,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.predict:
         print(predict())
-    else:
-        measure(options.out, options.page, options.minutes)
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device to measure on; --predict needs none")
+    measure(options.out, options.page, options.minutes)
     return 0
 
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from spd_fast import ops
-from spd_fast.experiments.recipes import recipe
-from spd_fast.train import parse_config
 
 __all__ = [
     "CPU",
@@ -195,6 +193,10 @@ class StepWorkload(Workload):
     @property
     def rows(self) -> int:
         """N: the batch size that is run."""
+        # A GPU machine that measures operations alone need not hold what reads configurations.
+        from spd_fast.experiments.recipes import recipe
+        from spd_fast.train import parse_config
+
         return self.batch or parse_config(recipe(self.experiment)).batch_size
 
     def small(self) -> StepWorkload:

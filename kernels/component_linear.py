@@ -233,6 +233,10 @@ class _Recipe:
         draw: int, site: int, row_offset: int, binomial: bool, delta: Tensor | None,
         random_delta: bool, routing: Tensor | None,
     ) -> None:  # fmt: skip
+        if key is not None and (key.dtype != torch.int64 or key.numel() != 2):
+            raise ValueError(f"the key is {key.dtype} {tuple(key.shape)}, need int64 (2,)")
+        if routing is not None and routing.dtype != torch.bool:
+            raise ValueError(f"mask.routing is {routing.dtype}, need bool")
         kind = "none" if source is None else "given"
         if key is not None:
             kind = "binomial" if binomial else "uniform"

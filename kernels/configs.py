@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["CONFIGS", "Config", "candidates", "launch", "pick"]
+__all__ = ["CONFIGS", "Config", "launch", "operand_class", "pick", "tf32_allowed"]
 
 
 @dataclass(frozen=True)
@@ -84,23 +84,35 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
 }
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's own setting asks for tf32 products of fp32 matrices."""
+    matmul = torch.backends.cuda.matmul
+    # Where the newer setting exists, reading the older one is an error once the newer is used.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 def operand_class(tensor: Tensor) -> str:
+    """ "mma" where products run on matrix units, "ieee" where on the fp32 pipe."""
     if tensor.dtype != torch.float32:
         return "mma"
-    return "mma" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def candidates(kernel: str, operands: str) -> Sequence[Config]:
-    return CONFIGS[kernel][operands]
+    return "mma" if tensor.is_cuda and tf32_allowed() else "ieee"
 
 
 def launch(kernel: Any, like: Tensor, grid: Any, *args: Any, config: Config | None = None,
            **constants: Any) -> None:  # fmt: skip
     """Run ``kernel`` on the device and current stream of ``like``.
 
+    Raises ValueError for a tensor on another device, by its name in the kernel.
+
     Fusing a product with a sum is off unless a kernel writes tl.fma: masks must round like the
     reference, and Triton's own default differs between versions.
     """
+    for name, value in zip(kernel.arg_names, args, strict=False):
+        if isinstance(value, Tensor) and value.device != like.device:
+            raise ValueError(
+                f"{name} {tuple(value.shape)} is on {value.device}, need {like.device}"
+            )
     options: dict[str, Any] = {"enable_fp_fusion": False}
     if config is not None:
         options |= {**config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -119,6 +131,8 @@ def _remembered() -> dict[str, int]:
     try:
         entries = json.loads(_cache_file().read_text())
     except (OSError, ValueError):
+        return {}
+    if not isinstance(entries, dict):
         return {}
     return {k: v for k, v in entries.items() if isinstance(v, int)}
 

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from spd_fast.kernels.configs import Config, launch, pick
 
-# Programs of the squared error: their partial sums are added in a fixed order afterwards.
+# Programs of the squared error at most: their partial sums are added in a fixed order afterwards.
 SEGMENTS = 1024
 
 
 @triton.jit
-def squared_error_kernel(a, b, partial, size, segments, BLOCK: tl.constexpr):
+def squared_error_kernel(a, b, partial, size, BLOCK: tl.constexpr):
     """One strided share of Σ (a − b)²."""
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     start = program * BLOCK
-    step = segments.to(tl.int64) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
     while start < size:
         at = start + tl.arange(0, BLOCK)
         left = tl.load(a + at, mask=at < size, other=0.0).to(tl.float32)
@@ -53,11 +53,14 @@ def mse_forward(prediction: Tensor, target: Tensor) -> Tensor:
     size = prediction.numel()
     if size == 0:
         return torch.full((), float("nan"), device=prediction.device)
-    partial = torch.zeros(SEGMENTS, device=prediction.device)
+    partial = torch.empty(0, device=prediction.device)
 
     def run(config: Config) -> None:
-        launch(squared_error_kernel, prediction, (SEGMENTS,), prediction, target, partial, size,
-               SEGMENTS, config=config)  # fmt: skip
+        nonlocal partial
+        segments = min(SEGMENTS, triton.cdiv(size, config.blocks["BLOCK"]))
+        partial = torch.empty(segments, device=prediction.device)
+        launch(squared_error_kernel, prediction, (segments,), prediction, target, partial, size,
+               config=config)  # fmt: skip
 
     run(pick("squared_error", "any", prediction, (size,), run))
     return partial.sum() / size

@@ -266,7 +266,7 @@ def _backward_chunk(
         partial = torch.empty(groups, fields, count, device=h.device)
         gi = grad_inner if grad_inner is not None else h
         gl = grad_lower if grad_lower is not None else h
-        gp = grad_penalty if grad_penalty is not None else h
+        gp = grad_penalty.contiguous() if grad_penalty is not None else h
         launch(
             gate_backward_kernel, h, (groups, triton.cdiv(count, block_c)), h, gi, gl, gp, h_bar,
             partial, *gate, N, first, count, tiles, *gi.stride(), *gl.stride(), *h.stride(),

@@ -47,4 +47,5 @@ def linear_kl_forward(
         if grad is not None:
             kl_gradient(scale, q, p, lse_q, lse_p, q)
             grad[part] = mm(q, W, prediction.dtype)
+        del q, p  # before the next chunk's
     return total, grad

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spd_fast.kernels.configs import tf32_allowed
+
 
 @triton.jit
 def product_tile(
@@ -43,8 +45,8 @@ def tile_of(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 def precision(tensor: Tensor) -> str:
     """Of fp32 operands: "tf32" only where torch's own matmul setting asks for it."""
-    allowed = tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
+    allowed = tensor.dtype == torch.float32 and tensor.is_cuda and tf32_allowed()
+    return "tf32" if allowed else "ieee"
 
 
 @functools.cache

@@ -34,7 +34,7 @@ _FP32_POINTERS = {
 _INT32_POINTERS = {"counts"}
 _INT64_POINTERS = {"key", "order", "starts"}
 _BYTE_POINTERS = {"routing"}
-_PLAIN_INTS = {"draw", "site", "row_offset", "column", "tiles", "segments"}
+_PLAIN_INTS = {"draw", "site", "row_offset", "column", "tiles"}
 _FLOATS = {"power", "eps", "threshold", "factor"}
 _SCALARS = {"N", "C", "first", "count", "d_in", "d_out", "size", "width"}
 

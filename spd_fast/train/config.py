@@ -142,6 +142,7 @@ class TrainConfig(LoopConfig):
     ``ci_fn_grad_clip``: largest gradient norm of all components, and of all importance functions.
     ``precision`` bf16: forwards under autocast; parameters, their moments, divergences and
     faithfulness stay float32. ``accumulation``: pieces in which a batch is worked through.
+    ``cuda_graph``: on a GPU, record a step that is the same every time and replay it.
     """
 
     losses: LossConfig
@@ -155,6 +156,7 @@ class TrainConfig(LoopConfig):
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation: Count = 1
     activation_checkpointing: bool = False
+    cuda_graph: bool = True
     warm_up: WarmUpConfig
 
     @model_validator(mode="after")

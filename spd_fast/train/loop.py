@@ -153,7 +153,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         statistics = self.statistics(step)
         record = {
             "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "p": statistics["p"],
             "losses": values,
             "l0": statistics["l0"],
@@ -170,7 +170,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         """Identifies what a checkpoint belongs to: everything that shapes the training."""
         config = self.config.model_dump(
             mode="json",
-            exclude={"log_every", "checkpoint_every", "keep_checkpoints", "name"},
+            exclude={"log_every", "checkpoint_every", "keep_checkpoints", "name", "cuda_graph"},
         )
         weights = hashlib.sha256()
         for site in self.model.sites.values():

@@ -16,6 +16,7 @@ from spd_fast.losses import (
     Part,
     PersistentPGD,
     PersistentSources,
+    Routing,
     Step,
     faithfulness,
     find_sources,
@@ -27,6 +28,7 @@ from spd_fast.train.config import TrainConfig
 from spd_fast.train.loop import TrainingLoop
 from spd_fast.train.pieces import Piece, pieces
 from spd_fast.train.schedules import learning_rate
+from spd_fast.train.step_graph import StepGraph
 
 __all__ = ["ACTIVE_THRESHOLD", "Trainer"]
 
@@ -64,6 +66,31 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         self.persistent: PersistentSources | None = None
         if isinstance(persistent, PersistentPGD):
             self.persistent = PersistentSources(persistent, config.seed)
+        self.graph: StepGraph[tuple[dict[str, Tensor], Step]] | None = None
+        if self.device.type == "cuda" and config.cuda_graph and self.varies() is None:
+            self.capture()
+
+    def capture(self, **options: Any) -> None:
+        """Have the steps from now on recorded once and replayed."""
+        seed, device = self.config.seed, self.device
+        self.graph = StepGraph(self.update, self.optimizer, seed, device, **options)
+
+    def varies(self) -> str | None:
+        """What but the batch, the key and the learning rate differs between steps, so that one
+        step's recording is no other's; None where nothing does."""
+        config = self.config
+        if config.accumulation > 1 or config.activation_checkpointing:
+            return "the forwards of one step"
+        if any(isinstance(o, PGD | Routing | PersistentPGD) for o in self.options.values()):
+            return "adversarial sources or routing"
+
+        def at(fraction: float) -> Any:
+            minimality = config.losses.importance_minimality
+            return config.losses.coefficients(fraction), minimality.penalty_at(fraction)
+
+        if any(at(i / 100) != at(0.0) for i in range(101)):
+            return "coefficients or penalty"
+        return None
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's groups, importance functions apart where their learning rate is another."""
@@ -84,8 +111,14 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         """
         self._set_lr(index)
         self.coefficients = self.config.losses.coefficients(index / self.config.steps)
-        cut = pieces(self.batches(index), self.config.accumulation)
-        only = self.forwards(index, cut[0]) if len(cut) == 1 else None
+        batch = self.batches(index)
+        return self.update(batch, index) if self.graph is None else self.graph.run(index, batch)
+
+    def update(self, batch: Any, index: int = 0) -> tuple[dict[str, Tensor], Step]:
+        """All of a step that computes. A recorded one is every step, whatever its ``index``."""
+        cut = pieces(batch, self.config.accumulation)
+        key = None if self.graph is None else self.graph.key
+        only = self.forwards(index, cut[0], key) if len(cut) == 1 else None
         shared = self._of_whole_batch(index, cut, only)
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
@@ -112,12 +145,14 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         self.optimizer.step()
         return total, step
 
-    def forwards(self, index: int, piece: Piece | None = None, **shared: Any) -> Step:
+    def forwards(
+        self, index: int, piece: Piece | None = None, key: Tensor | None = None, **shared: Any
+    ) -> Step:
         """The forwards that the losses of step ``index`` share, for a piece of its batch (the
-        whole batch by default)."""
+        whole batch by default). ``key``: the step's, where it is on the device already."""
         config = self.config
         piece = piece or pieces(self.batches(index), 1)[0]
-        key = make_key(config.seed, index, self.device)
+        key = make_key(config.seed, index, self.device) if key is None else key
         with self._autocast():
             clean = self.model.clean_forward(piece.batch)
             penalty = config.losses.importance_minimality.penalty_at(index / config.steps)
@@ -229,12 +264,18 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
             lr = config.lr
             if config.ci_fn_lr is not None and id(group["params"][0]) not in self._of_components:
                 lr = config.ci_fn_lr
-            group["lr"] = learning_rate(config.lr_schedule, lr, index, config.steps)
+            value = learning_rate(config.lr_schedule, lr, index, config.steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
     def extra_state(self) -> dict[str, Tensor]:
         return {} if self.persistent is None else self.persistent.state_dict()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self.graph is not None:
+            self.graph.forget()
         if self.persistent is not None:
             self.persistent.load_state_dict(state, self.device)
 

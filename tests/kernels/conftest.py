@@ -7,11 +7,51 @@ TRITON_INTERPRET is read when a kernel is decorated, so these tests need a proce
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter round to bf16 and multiply bf16 tiles as the hardware does.
+
+    It holds bf16 as its 16 bits: its own tile product multiplies those bits as integers, and its
+    conversion from fp32 cuts digits off where a GPU rounds to nearest even. Kernels stay as they
+    are; products are taken of the exact fp32 values and accumulate in fp32.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def widened(bits: Any) -> Any:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return handle(widened(src.data), target)
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+            return handle(values.view(torch.uint16).numpy(), target)
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            return handle(np.matmul(widened(a.data), widened(b.data)) + d.data, d.dtype.scalar)
+        return dot(self, a, b, d, *options)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+def _resolve(backend: str | None, *_: Any) -> str:
+    return "reference" if backend == "reference" else "triton"
 
 
 @pytest.fixture
@@ -20,12 +60,13 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     pytest.importorskip("triton")
+    bf16_as_on_a_gpu(monkeypatch)
     from spd_fast import backends
     from spd_fast.kernels import primitives
     from spd_fast.ops import _fused
 
     monkeypatch.setattr(_fused, "GPU_DEVICES", ("cpu",))
-    monkeypatch.setattr(backends, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(backends, "resolve", _resolve)
     monkeypatch.setattr(_fused, "load", lambda _: None)
     monkeypatch.setattr(_fused, "kernel", lambda name, _: primitives.TABLE[name])
     return torch.device("cpu")

@@ -7,6 +7,7 @@ import torch
 
 from spd_fast.ops import component_linear
 from tests.checks import LAYOUTS, assert_matches_oracle, normal
+from tests.kernels.bf16 import assert_right_in_bf16
 from tests.ops import test_component_linear as cases
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
@@ -95,16 +96,9 @@ def test_incoming_gradients_and_inputs_are_not_written(regime):
     assert all(torch.equal(t[k].detach(), before[k]) for k in t)
 
 
-@pytest.mark.parametrize("regime", ["library"], indirect=True)
-def test_bf16_is_near_the_fp32_result(regime):
-    # Only without tile products: the interpreter multiplies the bits of bf16 tiles as integers.
-    kind = cases.FULL
-    t = {
-        k: v.bfloat16() if v.is_floating_point() else v
-        for k, v in cases.make_inputs(kind, 20, 9, 21, 6).items()
-    }
-    wide = {k: v.double() if v.is_floating_point() else v for k, v in t.items()}
-    y = cases.runner(kind, "triton")(t)["y"]
-    truth = cases.truth(kind)(wide)["y"]
-    assert y.dtype == torch.bfloat16
-    assert (y.double() - truth).norm() / truth.norm() < 1e-2
+@pytest.mark.parametrize("kind", [cases.FULL, cases.GIVEN], ids=["full", "given"])
+def test_errors_in_bf16_are_at_most_twice_the_eager_ones(kind, regime):
+    assert_right_in_bf16(
+        cases.runner(kind, "triton"), cases.runner(kind, "reference"),
+        cases.make_inputs(kind, 37, 19, 70, 35), cases.incoming(37, 35),
+    )  # fmt: skip

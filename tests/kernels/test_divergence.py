@@ -37,6 +37,13 @@ def test_loss_and_gradient_are_the_oracles(kind, shape):
     check(kind, {"prediction": normal(1, *shape, scale=3), "target": normal(2, *shape, scale=3)})
 
 
+def test_a_program_takes_several_blocks_in_turn(monkeypatch):
+    from spd_fast.kernels import divergence as kernels
+
+    monkeypatch.setattr(kernels, "SEGMENTS", 2)
+    check("mse", {"prediction": normal(1, 5, 2100), "target": normal(2, 5, 2100)})
+
+
 def test_kl_survives_large_logits():
     shift = torch.tensor([[300.0], [-4000.0]], dtype=torch.float64)
     check("kl", {"prediction": normal(1, 2, 9) + shift, "target": normal(2, 2, 9) - shift})

@@ -7,6 +7,7 @@ import torch
 
 from spd_fast.ops import Penalty, gate
 from tests.checks import LAYOUTS, assert_matches_oracle
+from tests.kernels.bf16 import assert_right_in_bf16
 from tests.ops import test_gate as cases
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
@@ -72,6 +73,22 @@ def test_each_output_alone_carries_its_gradient(needed):
         torch.testing.assert_close(got, truth, atol=2e-5, rtol=1e-4)
 
 
+def test_expanded_rows_and_expanded_gradients():
+    t = {k: v.float() for k, v in cases.make_inputs(1, 4, 5, (3,)).items()}
+    row = t["x"].requires_grad_()
+    grads = []
+    for x in (row.expand(9, 4), row.expand(9, 4).contiguous()):
+        out = cases.runner("paper", Penalty("lp", 1.0), "triton")({**t, "x": x})
+        # The gradient of a sum arrives expanded, with stride 0.
+        total = out["inner"].sum() + out["lower"].sum() + out["penalty_sum"].sum()
+        grads.append(torch.autograd.grad(total, row)[0])
+    leaf = t["x"].detach().clone().requires_grad_()
+    truth = cases.truth("paper", Penalty("lp", 1.0))({**t, "x": leaf.expand(9, 4)})
+    (expected,) = torch.autograd.grad(sum(v.sum() for v in truth.values()), leaf)
+    torch.testing.assert_close(grads[0], expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(*grads)
+
+
 def test_counts_are_the_positions_above_the_threshold():
     from spd_fast.kernels.gate import gate_forward_counted
 
@@ -101,3 +118,30 @@ def test_empty_inputs_give_empty_outputs(shape):
                penalty=Penalty("lp", 1.0), backend="triton")  # fmt: skip
     assert out.inner.shape == out.lower.shape == (shape[0], shape[2])
     assert not out.penalty_sum.any()
+
+
+@pytest.mark.parametrize("hidden", [(), (5,)])
+def test_errors_in_bf16_are_at_most_twice_the_eager_ones(hidden, regime):
+    assert_right_in_bf16(
+        cases.runner("2026", cases.LP, "triton"), cases.runner("2026", cases.LP, "reference"),
+        cases.make_inputs(37, 19, 35, hidden), cases.incoming(37, 35),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(100, 3), (33, 1), (64, 1)])
+def test_several_row_tiles_a_program_are_the_oracles(rows, programs, monkeypatch):
+    from spd_fast.kernels import gate as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    check("2026", Penalty("lp", 2.0), (rows, 3, 5), (3,))
+
+
+def test_programs_cover_every_row_once():
+    from spd_fast.kernels.gate import PROGRAMS, backward_groups
+
+    for N in (1, 31, 32, 33, 1000, 8192):
+        for count in (1, 33, 4096, 16384):
+            groups, tiles = backward_groups(N, count, 32, 32)
+            assert (groups - 1) * tiles * 32 < N <= groups * tiles * 32
+            column_tiles = -(-count // 32)
+            assert (groups - 1) * column_tiles < PROGRAMS

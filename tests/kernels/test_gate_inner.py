@@ -21,6 +21,16 @@ def test_results_and_gradients_are_the_oracles(hidden, sigmoid):
     )  # fmt: skip
 
 
+def test_the_widest_gates_are_the_oracles():
+    from spd_fast.kernels.gate import backward_class
+
+    assert backward_class(130) == "widest"
+    assert_matches_oracle(
+        cases.runner("paper", cases.LP, "triton"), cases.truth("paper", cases.LP),
+        cases.make_inputs(3, 2, (130,)), cases.incoming(3, 2), torch.float32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("needed", ["lower", "penalty_sum"])
 def test_each_output_alone_has_the_oracles_gradients(needed):
     assert_matches_oracle(

@@ -1,6 +1,18 @@
-"""On a GPU: parity at real sizes by the 2× rule, repeatability, memory, addressing, integration."""
+"""Parity at real sizes by the 2× rule, repeatability, memory, addressing, integration.
+
+``place`` is a GPU with real sizes (marker gpu), or the interpreter with small ones: what a test
+does has then run before it meets a device. The tests of the device itself have no such double.
+"""
 
 from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,24 +22,63 @@ from spd_fast.ops import (
     MaskRecipe,
     Penalty,
     RandomSource,
+    component_embedding,
     component_linear,
     divergence,
+    embedding_inner,
     gate,
+    importances,
+    linear_kl,
     make_key,
     uniform,
 )
+from spd_fast.ops.random import uniform_column
+from tests.kernels import every_kernel
 
-pytestmark = [
+ROOT = Path(__file__).parent.parent.parent
+on_a_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SHAPES = [(4096, 5, 20, 2, 16), (2048, 1000, 100, 50, 16), (1024, 768, 1024, 768, 16)]
+gpu = pytest.mark.usefixtures("_gpu")
 SITE = {"draw": 2, "site": 3, "row_offset": 1000}
+# What a result may be off in norm, whatever the eager error is: half a step of its dtype.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-9}
 
 
-def inputs(
-    N: int, d_in: int, C: int, d_out: int, H: int, device: str = "cuda"
-) -> dict[str, Tensor]:
+@pytest.fixture(params=[pytest.param("gpu", marks=on_a_gpu)])
+def _gpu() -> None:
+    """Marks a test that only a device can run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tests compute, and how much of it."""
+
+    device: str
+    real: bool
+
+    def size(self, real: int, small: int) -> int:
+        return real if self.real else small
+
+
+@pytest.fixture(params=[pytest.param("gpu", marks=on_a_gpu), "interpreter"])
+def place(request: pytest.FixtureRequest) -> Place:
+    if request.param == "gpu":
+        return Place("cuda", True)
+    request.getfixturevalue("triton_ops")
+    return Place("cpu", False)
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[Callable[[str], None]]:
+    """torch's setting for fp32 products, put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def inputs(N: int, d_in: int, C: int, d_out: int, H: int, device: str) -> dict[str, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -41,92 +92,258 @@ def inputs(
     }  # fmt: skip
 
 
-def layer(t: dict[str, Tensor], backend: str, delta: bool = True) -> Tensor:
+def wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def layer(t: dict[str, Tensor], backend: str, key: Tensor | None = None) -> Tensor:
     """Gate, stochastic mask with delta, masked sum; a scalar of output and penalty sums."""
     out = gate(t["x"], t["V"], [t["W0"], t["W1"]], [t["b0"], t["b1"]], sigmoid="paper",
                penalty=Penalty("lp", 2.0), backend=backend)  # fmt: skip
-    source = RandomSource(make_key(5, 7, t["x"].device), **SITE)
-    recipe = MaskRecipe(out.lower, source, delta or None)
-    y = component_linear(t["x"], t["V"], t["U"], recipe, weight=t["weight"], bias=t["bias"],
-                         inner=out.inner, backend=backend)  # fmt: skip
-    return y.square().mean() + 1e-4 * out.penalty_sum.mean()
+    source = RandomSource(make_key(5, 7, t["x"].device) if key is None else key, **SITE)
+    y = component_linear(t["x"], t["V"], t["U"], MaskRecipe(out.lower, source, True),
+                         weight=t["weight"], bias=t["bias"], inner=out.inner,
+                         backend=backend)  # fmt: skip
+    return wide(y).square().mean() + 1e-4 * wide(out.penalty_sum).mean()
 
 
-def gradients(t: dict[str, Tensor], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    leaves = {k: v.to(dtype).requires_grad_(k != "weight") for k, v in t.items()}
-    loss = layer(leaves, backend)
-    names = [k for k in leaves if k != "weight"]
-    grads = torch.autograd.grad(loss, [leaves[k] for k in names])
-    return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+def streamed(t: dict[str, Tensor], backend: str) -> Tensor:
+    """The masked sum of a routed part, h made again from x: nothing of the gate's is kept."""
+    routing = torch.arange(t["x"].shape[0], device=t["x"].device) % 3 != 0
+    source = RandomSource(make_key(5, 7, t["x"].device), binomial=True, **SITE)
+    y = component_linear(t["x"], t["V"], t["U"], MaskRecipe(None, source, True, routing),
+                         weight=t["weight"], bias=t["bias"], backend=backend)  # fmt: skip
+    return wide(y).square().mean()
+
+
+Loss = Callable[[dict[str, Tensor], str], Tensor]
+
+
+def gradients(
+    t: dict[str, Tensor], backend: str, dtype: torch.dtype, loss: Loss = layer,
+    fixed: tuple[str, ...] = ("weight",),
+) -> dict[str, Tensor]:  # fmt: skip
+    """The loss and its gradient in every input it depends on."""
+    leaves = {
+        k: v.to(dtype).requires_grad_(k not in fixed) if v.is_floating_point() else v
+        for k, v in t.items()
+    }
+    value = loss(leaves, backend)
+    names = [k for k, v in leaves.items() if v.requires_grad]
+    grads = torch.autograd.grad(value, [leaves[k] for k in names], allow_unused=True)
+    named = {k: g for k, g in zip(names, grads, strict=True) if g is not None}
+    return {"loss": value.detach(), **named}
 
 
 def relative(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth).norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16"])
-def test_error_is_at_most_twice_the_eager_one(shape, mode, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", mode == "tf32")
-    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
-    t = {k: v.to(dtype) for k, v in inputs(*shape).items()}
-    got, eager = gradients(t, "triton", dtype), gradients(t, "reference", dtype)
-    truth = gradients(t, "reference", torch.float64)
+def assert_right(
+    t: dict[str, Tensor], dtype: torch.dtype, loss: Loss = layer,
+    fixed: tuple[str, ...] = ("weight",),
+) -> None:  # fmt: skip
+    """Every error of ours is at most twice that of the eager reference in the same dtype."""
+    t = {k: v.to(dtype) if v.is_floating_point() else v for k, v in t.items()}
+    got, eager = (gradients(t, b, dtype, loss, fixed) for b in ("triton", "reference"))
+    truth = gradients(t, "reference", torch.float64, loss, fixed)
+    assert got.keys() == truth.keys()
     for name in truth:
-        allowed = 2 * relative(eager[name], truth[name]) + 1e-6
-        assert relative(got[name], truth[name]) <= allowed, name
+        allowed = 2 * relative(eager[name], truth[name]) + FLOOR[dtype]
+        error = relative(got[name], truth[name])
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
 
 
-def test_masks_are_bit_equal_to_the_reference():
+# Real: toys, a wide gate, a transformer's layer, the bar's own workload. Small: tails everywhere.
+REAL = [
+    (4096, 5, 20, 2, 16), (2048, 1000, 100, 50, 16), (2048, 100, 500, 17, 128),
+    (1024, 768, 1024, 768, 16), (8192, 768, 4096, 3072, 16),
+]  # fmt: skip
+SMALL = [(37, 5, 20, 2, 4), (9, 40, 33, 17, 20)]
+MODES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("index", range(len(REAL)))
+@pytest.mark.parametrize("mode", MODES)
+def test_error_is_at_most_twice_the_eager_one(index, mode, place, matmul_precision):
+    if not place.real and (index >= len(SMALL) or mode == "tf32"):
+        pytest.skip("a real size, or a matrix unit")
+    matmul_precision("high" if mode == "tf32" else "highest")
+    shape = REAL[index] if place.real else SMALL[index]
+    assert_right(inputs(*shape, place.device), MODES[mode])
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_error_of_a_streamed_routed_layer_is_at_most_twice_the_eager_one(mode, place):
+    shape = REAL[3] if place.real else SMALL[0]
+    of_the_sum = ("x", "V", "U", "weight", "bias")
+    t = {k: v for k, v in inputs(*shape, place.device).items() if k in of_the_sum}
+    assert_right(t, MODES[mode], streamed)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_error_of_importances_is_at_most_twice_the_eager_one(mode, place):
+    generator = torch.Generator(place.device).manual_seed(0)
+    s = torch.randn(place.size(8192, 37), place.size(4096, 33), generator=generator,
+                    device=place.device)  # fmt: skip
+
+    def loss(t: dict[str, Tensor], backend: str) -> Tensor:
+        out = importances(t["s"], sigmoid="2026", penalty=Penalty("lp", 2.0), backend=backend)
+        return wide(out.lower).square().mean() + wide(out.penalty_sum).mean()
+
+    assert_right({"s": s}, MODES[mode], loss)
+
+
+def tokens_of(place: Place, rows: int, vocabulary: int) -> Tensor:
+    """Some tokens often, some never."""
+    generator = torch.Generator(place.device).manual_seed(0)
+    drawn = torch.rand(rows, generator=generator, device=place.device)
+    return (drawn**4 * vocabulary).long()
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_error_of_a_masked_embedding_is_at_most_twice_the_eager_one(mode, place):
+    N, vocabulary, C, d = (4096, 50257, 512, 768) if place.real else (33, 50, 20, 18)
+    generator = torch.Generator(place.device).manual_seed(1)
+    t = {
+        "tokens": tokens_of(place, N, vocabulary),
+        "V": torch.randn(vocabulary, C, generator=generator, device=place.device),
+        "U": torch.randn(C, d, generator=generator, device=place.device) * C**-0.5,
+        "weight": torch.randn(vocabulary, d, generator=generator, device=place.device),
+    }
+
+    def loss(t: dict[str, Tensor], backend: str) -> Tensor:
+        source = RandomSource(make_key(5, 7, place.device), **SITE)
+        y = component_embedding(t["tokens"], t["V"], t["U"], MaskRecipe(None, source, True),
+                                weight=t["weight"], backend=backend)  # fmt: skip
+        return wide(y).square().mean()
+
+    assert_right(t, MODES[mode], loss)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_error_of_a_chunked_linear_kl_is_at_most_twice_the_eager_one(mode, place, monkeypatch):
+    from spd_fast.kernels import linear_kl as kernels
+
+    monkeypatch.setattr(kernels, "LOGITS", place.size(2**24, 300))
+    N, d, vocabulary = (1024, 768, 50257) if place.real else (9, 16, 67)
+    generator = torch.Generator(place.device).manual_seed(1)
+    x, target = torch.randn(2, N, d, generator=generator, device=place.device).unbind()
+    head = torch.randn(vocabulary, d, generator=generator, device=place.device) * d**-0.5
+
+    def loss(t: dict[str, Tensor], backend: str) -> Tensor:
+        return linear_kl(t["x"], t["target"], t["head"], backend=backend)
+
+    t = {"x": x, "target": target, "head": head}
+    assert_right(t, MODES[mode], loss, ("target", "head"))
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_divergences_are_right_at_a_vocabularys_size(kind, place):
+    generator = torch.Generator(place.device).manual_seed(1)
+    shape = (place.size(512, 3), place.size(50257, 301))
+    q, p = torch.randn(2, *shape, generator=generator, device=place.device).unbind()
+    leaf, wide = q.clone().requires_grad_(), q.double().requires_grad_()
+    got = torch.autograd.grad(divergence(leaf, p, kind), leaf)[0]
+    truth = wide - p.double()
+    if kind == "kl":
+        truth = torch.softmax(wide, -1) - torch.softmax(p.double(), -1)
+    truth = truth * (2 / q.numel() if kind == "mse" else 1 / shape[0])
+    assert relative(got, truth) < 1e-5
+
+
+def test_masks_are_bit_equal_to_the_reference(place):
     from spd_fast.kernels import random
 
-    key = make_key(5, 7, "cuda")
-    got = random.uniform(key, 513, 1027, 2, 3, 1000)
-    assert torch.equal(got.cpu(), uniform(RandomSource(key.cpu(), **SITE), 513, 1027))
+    key = make_key(5, 7, place.device)
+    rows, columns = place.size(513, 33), place.size(1027, 35)
+    on_cpu = RandomSource(key.cpu(), **SITE)
+    got = random.uniform(key, rows, columns, 2, 3, 1000)
+    assert torch.equal(got.cpu(), uniform(on_cpu, rows, columns))
+    got = random.delta_mask(key, rows, columns, 2, 3, 1000)
+    assert torch.equal(got.cpu(), uniform_column(on_cpu, rows, columns))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_hundred_repeats_are_bit_equal(dtype):
-    t = inputs(1000, 96, 512, 160, 8)
+def test_repeats_of_the_layer_are_bit_equal(dtype, place):
+    t = inputs(*((1000, 96, 512, 160, 8) if place.real else SMALL[0]), place.device)
     first = gradients(t, "triton", dtype)
-    for _ in range(100):
+    for _ in range(place.size(100, 2)):
         again = gradients(t, "triton", dtype)
         assert all(torch.equal(first[k], again[k]) for k in first)
 
 
-def test_peak_memory_stays_under_the_formula():
-    N, d_in, C, d_out = 4096, 512, 32768, 512
-    t = {k: v.bfloat16() for k, v in inputs(N, d_in, C, d_out, 16).items()}
-    gradients(t, "triton", torch.bfloat16)
+@gpu
+def test_repeats_of_every_kernel_are_bit_equal():
+    first = every_kernel.run("cuda")
+    assert first.isfinite()
+    for _ in range(100):
+        assert torch.equal(every_kernel.run("cuda"), first)
+
+
+def test_repeats_of_an_embeddings_gradient_are_bit_equal(place):
+    rows, vocabulary, C = (16384, 50257, 256) if place.real else (33, 50, 20)
+    tokens = tokens_of(place, rows, vocabulary)
+    V = torch.randn(vocabulary, C, device=place.device, requires_grad=True)
+    grad = torch.randn(rows, C, device=place.device)
+    h = embedding_inner(tokens, V, backend="triton")
+    first = torch.autograd.grad(h, V, grad, retain_graph=True)[0]
+    for _ in range(place.size(100, 1)):
+        assert torch.equal(torch.autograd.grad(h, V, grad, retain_graph=True)[0], first)
+
+
+def test_the_last_rows_are_those_of_a_small_problem(place):
+    # On a GPU N · C = 2.29e9: element indices are beyond 31 bits.
+    N, C = (70_000, 32_768) if place.real else (70, 36)
+    dtype = torch.bfloat16 if place.real else torch.float32
+    t = {k: v.to(dtype) for k, v in inputs(N, 16, C, 16, 1, place.device).items()}
+    key = make_key(5, 7, place.device)
+
+    def run(rows: slice, offset: int) -> tuple[Tensor, ...]:
+        x = t["x"][rows].clone().requires_grad_()
+        out = gate(x, t["V"], [t["W0"], t["W1"]], [t["b0"], t["b1"]], sigmoid="2026",
+                   backend="triton")  # fmt: skip
+        lower = out.lower.detach().requires_grad_()
+        recipe = MaskRecipe(lower, RandomSource(key, row_offset=offset))
+        y = component_linear(x, t["V"], t["U"], recipe, inner=out.inner, backend="triton")
+        x_bar, g_bar = torch.autograd.grad(wide(y).square().sum(), (x, lower))
+        return out.lower[-32:].detach(), y[-32:].detach(), x_bar[-32:], g_bar[-32:]
+
+    whole, tail = run(slice(None), 0), run(slice(N - 32, None), N - 32)
+    for got, expected in zip(whole, tail, strict=True):
+        assert relative(got, expected.double()) < (1e-2 if place.real else 1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("index", [0, 2])
+def test_peak_memory_stays_under_the_formula(index):
+    from bench import gpu as bench
+
+    work = bench.WORKLOADS[index]
+    step = bench.step_of(work, "triton", "cuda")
+    step(True)  # the library's workspaces come with its first products
+    _, extra = bench._timed(step, True)
+    # Blocks of the allocator are whole 2 MiB: some tens of tensors.
+    assert extra < bench.ceiling(work) + 64
+
+
+@gpu
+def test_linear_kl_holds_no_logits_in_fp32():
+    N, d, vocabulary = 8192, 512, 50257
+    x = torch.randn(N, d, device="cuda").bfloat16().requires_grad_()
+    t, head = torch.randn(N, d, device="cuda").bfloat16(), torch.randn(vocabulary, d, device="cuda")
+    head = head.bfloat16()
+    linear_kl(x, t, head, backend="triton").backward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients(t, "triton", torch.bfloat16)
-    from spd_fast.kernels.regimes import CHUNK_ELEMENTS
-
-    # h, g and their two gradients; three chunk buffers; the parameters' gradients, copied once;
-    # the gate's partial sums in fp32 (tiles of 32 rows at least) of one chunk.
-    parameters = sum(v.numel() for v in t.values())
-    partial = 4 * (N // 32) * (3 * 16 + 1) * min(C, CHUNK_ELEMENTS // N)
-    ceiling = 2 * (4 * N * C + 3 * CHUNK_ELEMENTS + 4 * N * (d_in + d_out)) + 12 * parameters
-    assert torch.cuda.max_memory_allocated() - before < ceiling + partial
+    linear_kl(x, t, head, backend="triton").backward()
+    torch.cuda.synchronize()
+    # Two chunks of 2²⁶ logits in bf16, where [N, vocabulary] in fp32 is 1647 MB.
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2 * 2**26 + 64e6
 
 
-def test_addresses_beyond_two_to_the_31():
-    N, C = 70_000, 32_768  # N · C = 2.29e9
-    x = torch.randn(N, 16, device="cuda", dtype=torch.bfloat16)
-    V = torch.randn(16, C, device="cuda", dtype=torch.bfloat16) / 4
-    U = torch.randn(C, 16, device="cuda", dtype=torch.bfloat16) / 128
-    gates = [torch.randn(C, 1, 1, device="cuda")], [torch.randn(C, 1, device="cuda")]
-    out = gate(x, V, *gates, sigmoid="2026", backend="triton")
-    tail = gate(x[-64:], V, *gates, sigmoid="2026", backend="triton")
-    assert torch.equal(out.lower[-64:], tail.lower)
-    y = component_linear(x, V, U, MaskRecipe(out.lower), inner=out.inner, backend="triton")
-    last = component_linear(x[-64:], V, U, MaskRecipe(tail.lower), inner=tail.inner,
-                            backend="triton")  # fmt: skip
-    assert relative(y[-64:], last.double()) < 1e-2
-
-
+@gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_device_that_is_not_the_current_one():
     t = inputs(256, 32, 64, 48, 4, "cuda:1")
@@ -134,8 +351,9 @@ def test_a_device_that_is_not_the_current_one():
     assert relative(gradients(t, "triton", torch.float32)["V"], truth) < 1e-4
 
 
+@gpu
 def test_a_stream_that_is_not_the_default_one():
-    t = inputs(256, 32, 64, 48, 4)
+    t = inputs(256, 32, 64, 48, 4, "cuda")
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -145,49 +363,102 @@ def test_a_stream_that_is_not_the_default_one():
     assert all(torch.equal(got[k], expected[k]) for k in got)
 
 
+@gpu
 def test_autocast_computes_in_bf16_with_fp32_gradients():
-    t = {k: v.requires_grad_(k != "weight") for k, v in inputs(256, 64, 128, 64, 4).items()}
+    t = {k: v.requires_grad_(k != "weight") for k, v in inputs(256, 64, 128, 64, 4, "cuda").items()}
     with torch.autocast("cuda", torch.bfloat16):
         loss = layer(t, "triton")
-    grads = torch.autograd.grad(loss, [t["V"], t["U"], t["W0"]])
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+    names = ["V", "U", "W0"]
+    grads = torch.autograd.grad(loss, [t[n] for n in names])
+    truth = gradients(t, "reference", torch.float64)
+    for name, grad in zip(names, grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert relative(grad, truth[name]) < 5e-2  # bf16 operands; exact kinks may fall otherwise
 
 
-def test_compiles_without_graph_breaks():
-    t = {k: v.requires_grad_(k != "weight") for k, v in inputs(256, 64, 128, 64, 4).items()}
-    expected = torch.autograd.grad(layer(t, "triton"), t["V"])[0]
-    compiled = torch.compile(lambda: layer(t, "triton"), fullgraph=True)
+@gpu
+def test_it_compiles_without_graph_breaks():
+    t = {k: v.requires_grad_(k != "weight") for k, v in inputs(256, 64, 128, 64, 4, "cuda").items()}
+    key = make_key(5, 7, "cuda")
+    expected = torch.autograd.grad(layer(t, "triton", key), t["V"])[0]
+    compiled = torch.compile(lambda: layer(t, "triton", key), fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(), t["V"])[0], expected)
 
 
-def test_forward_and_backward_are_captured_in_a_graph():
-    t = {k: v.requires_grad_(k != "weight") for k, v in inputs(512, 64, 128, 64, 4).items()}
+@gpu
+@pytest.mark.parametrize("shape", [(512, 5, 20, 2, 16), (512, 768, 1024, 512, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_backward_are_captured_in_a_graph(shape, dtype):
+    t = {k: v.to(dtype).requires_grad_(k != "weight") for k, v in inputs(*shape, "cuda").items()}
     key = make_key(5, 7, "cuda")
+    leaves = [v for k, v in t.items() if k != "weight"]
 
-    def step() -> Tensor:
-        recipe = MaskRecipe(None, RandomSource(key, **SITE))
-        y = component_linear(t["x"], t["V"], t["U"], recipe, backend="triton")
-        return torch.autograd.grad(y.square().mean(), t["V"])[0]
+    def step() -> tuple[Tensor, ...]:
+        loss = layer(t, "triton", key)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step()
+            before = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
+        captured = step()
     key[1] += 1  # a replay reads the key: the next training step's masks
     graph.replay()
-    torch.testing.assert_close(out, step())
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    assert not torch.equal(captured[0], before[0])
 
 
-@pytest.mark.parametrize("kind", ["mse", "kl"])
-def test_divergences_at_a_vocabularys_size(kind):
-    q = torch.randn(64, 50257, device="cuda", requires_grad=True)
-    p = torch.randn(64, 50257, device="cuda")
-    got = torch.autograd.grad(divergence(q, p, kind), q)[0]
-    wide = q.detach().double().requires_grad_()
-    truth = torch.autograd.grad(divergence(wide, p.double(), kind), wide)[0]
-    assert relative(got, truth) < 1e-5
+def test_the_sanitized_script_launches_every_kernel_of_the_registry(place, monkeypatch):
+    from spd_fast.kernels import (
+        component_linear,
+        divergence,
+        embedding_inner,
+        gate,
+        importances,
+        random,
+        regimes,
+    )
+    from spd_fast.kernels.registry import cases
+
+    launched = set()
+    for module in (component_linear, divergence, embedding_inner, gate, importances, random):
+
+        def spy(kernel, *args, original=module.launch, **kwargs):
+            launched.add((getattr(kernel, "fn", kernel)).__name__)
+            original(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(module, "launch", spy)
+    sizes = every_kernel.SIZES if place.real else (3, 2, 5, 2, 7)
+    assert every_kernel.run(place.device, sizes=sizes).isfinite()
+    # The small regime's own kernel takes the place of the masking kernel at these sizes.
+    monkeypatch.setattr(regimes, "small", lambda *_: False)
+    every_kernel.run(place.device, sizes=sizes)
+    assert launched == {getattr(c.kernel, "fn", c.kernel).__name__ for c in cases()}
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or next(
+        (str(p) for p in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
+    )
+
+
+@gpu
+@pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    command = [
+        sanitizer(), "--tool", tool, "--error-exitcode", "9", sys.executable, "-m",
+        "tests.kernels.every_kernel",
+    ]  # fmt: skip
+    # Without torch's pool every tensor has bounds of its own.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "every kernel ran" in done.stdout

@@ -1,0 +1,100 @@
+"""A training step as one CUDA graph: recorded once, replayed with other numbers.
+
+A toy's step is bound by its hundreds of launches, not by arithmetic; a replay is one. What changes
+from step to step (batch, key of the random masks, learning rates) is read from device tensors that
+are written before the replay; everything else must be the same in every step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from spd_fast.ops import make_key
+
+__all__ = ["StepGraph", "record_cuda_graph"]
+
+T = TypeVar("T")
+Record = Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]
+
+# Steps that run as they are before one is recorded: libraries set themselves up, kernels compile.
+UNRECORDED = 3
+
+
+def record_cuda_graph(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """(what ``function`` returned while it was recorded, the replay that computes it again)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return result, graph.replay
+
+
+class StepGraph(Generic[T]):
+    """Runs a step that reads its batch, key and learning rates where this object writes them.
+
+    Args:
+        update: batch → what the step returns; everything from the forward to the optimiser's step.
+        optimizer: its learning rates become device tensors.
+        seed: of the key (seed, step).
+        record: how a step is recorded; a test's double needs no GPU.
+    """
+
+    def __init__(
+        self,
+        update: Callable[[Tensor], T],
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        device: torch.device,
+        record: Record[T] = record_cuda_graph,
+    ) -> None:
+        self.update, self.optimizer, self.seed, self.record = update, optimizer, seed, record
+        self.key = make_key(seed, 0, device)
+        self.usable = True
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+            if device.type == "cuda":
+                group["capturable"] = True
+        self.forget()
+
+    def forget(self) -> None:
+        """Record anew: what was recorded holds the addresses of the old moments."""
+        self._seen = 0
+        self._batch: Tensor | None = None
+        self._recorded: tuple[T, Callable[[], None]] | None = None
+
+    def run(self, index: int, batch: Any) -> T:
+        """The step ``index`` on ``batch``; its results are valid until the next step."""
+        self.key.copy_(make_key(self.seed, index))
+        if not self.usable or not isinstance(batch, Tensor) or self._seen < UNRECORDED:
+            self._seen += 1
+            return self._aside(batch)
+        if self._batch is None or self._batch.shape != batch.shape:
+            self._batch, self._recorded = batch.clone(), None
+        self._batch.copy_(batch)
+        if self._recorded is None:
+            static = self._batch
+            try:
+                self._recorded = self.record(lambda: self.update(static))
+            except RuntimeError as error:
+                self.usable = False
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(f"the training step runs without a CUDA graph: {reason}")
+                return self.update(batch)
+        result, replay = self._recorded
+        replay()
+        return result
+
+    def _aside(self, batch: Any) -> T:
+        """On a stream of its own, as a recording needs its predecessors to be."""
+        if self.key.device.type != "cuda":
+            return self.update(batch)
+        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            result = self.update(batch)
+        main.wait_stream(stream)
+        return result

@@ -1,0 +1,112 @@
+"""Every kernel of the registry once, in its branches, at sizes that leave a tail in every tile.
+
+    compute-sanitizer --tool memcheck python -m tests.kernels.every_kernel
+
+The script that the sanitizer watches; ``run(device)`` is the same in the interpreter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spd_fast.ops import (
+    MaskRecipe,
+    Penalty,
+    RandomSource,
+    component_linear,
+    divergence,
+    embedding_inner,
+    gate,
+    gate_inner,
+    importances,
+    linear_kl,
+    make_key,
+)
+
+__all__ = ["run"]
+
+
+SIZES = (70, 19, 132, 70, 300)
+
+
+def run(
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    sizes: tuple[int, ...] = SIZES,
+    backend: str = "triton",
+) -> Tensor:
+    """The sum of everything that was computed, gradients included. ``sizes``: N, d_in, C, d_out
+    and a width of logits."""
+    from spd_fast.kernels import random
+
+    generator = torch.Generator(device).manual_seed(0)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=generator, device=device).to(dtype)
+        return drawn.requires_grad_()
+
+    def account(*outputs: Tensor, of: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        results = outputs
+        if of:
+            loss = sum(o.float().square().sum() for o in outputs)
+            assert isinstance(loss, Tensor)
+            results += torch.autograd.grad(loss, of, allow_unused=True)
+        for t in results:
+            if t is not None:
+                total = total + t.detach().double().sum()
+
+    N, d_in, C, d_out, width = sizes
+    H = 5
+    key = make_key(3, 4, device)
+    x, V, U = normal(N, d_in), normal(d_in, C), normal(C, d_out)
+    weight, bias = normal(d_out, d_in).detach(), normal(d_out)
+    layers = [normal(C, 1, H), normal(C, H, 1)], [normal(C, H), normal(C, 1)]
+    for sigmoid, penalty in (("paper", Penalty("lp", 0.7, 0.1)), ("2026", Penalty("smooth_l0", 1))):
+        out = gate(x, V, *layers, sigmoid=sigmoid, penalty=penalty, backend=backend)  # type: ignore[arg-type]
+        account(*out, of=(x, V, *layers[0], *layers[1]))
+        inner = out.inner.detach().requires_grad_()
+        account(*gate_inner(inner, *layers, sigmoid=sigmoid, penalty=penalty, backend=backend),  # type: ignore[arg-type]
+                of=(inner, *layers[0]))  # fmt: skip
+        account(*importances(inner, sigmoid=sigmoid, penalty=penalty, backend=backend), of=(inner,))  # type: ignore[arg-type]
+    lower, given = torch.rand(2, N, C, generator=generator, device=device).to(dtype).unbind()
+    lower.requires_grad_(), given.requires_grad_()
+    delta = torch.rand(N, generator=generator, device=device).to(dtype).requires_grad_()
+    routing = torch.rand(N, generator=generator, device=device) < 0.6
+    drawn = RandomSource(key, 1, 2, 3, binomial=True)
+    for recipe, leaves in (
+        (MaskRecipe(lower, given, delta, routing), (lower, given, delta)),
+        (MaskRecipe(lower, drawn, True, routing), (lower,)),
+        (MaskRecipe(lower), (lower,)),
+    ):
+        for h in (None, inner):
+            y = component_linear(x, V, U, recipe, weight=weight, bias=bias, inner=h,
+                                 backend=backend)  # fmt: skip
+            account(y, of=(*leaves, U, bias, V if h is None else h))
+    account(random.uniform(key, N, C, 1, 2, 3), random.delta_mask(key, N, C, 1, 2, 3), of=())
+    tokens = torch.randint(9, (N,), generator=generator, device=device)
+    table = normal(9, C)
+    account(embedding_inner(tokens, table, backend=backend), of=(table,))
+    q, p, head = normal(N, width), normal(N, width).detach(), normal(41, width).detach()
+    for kind in ("mse", "kl"):
+        account(divergence(q, p, kind), of=(q,))  # type: ignore[arg-type]
+    account(linear_kl(q, p, head, backend=backend), of=(q,))
+    return total
+
+
+def main() -> None:
+    from spd_fast.kernels import regimes
+
+    for small in (regimes.SMALL_PRODUCTS, 0):  # 0: the masked sum as of a large problem
+        regimes.SMALL_PRODUCTS = small
+        for dtype in (torch.float32, torch.bfloat16):
+            total = run("cuda", dtype)
+            torch.cuda.synchronize()
+            assert total.isfinite(), (small, dtype)
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

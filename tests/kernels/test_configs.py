@@ -1,0 +1,169 @@
+"""The choice of tiles: shipped defaults, the tuner and its file, deterministic mode, launches."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_ops")
+
+LIKE = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def tuner(monkeypatch, tmp_path):
+    """The tuner on a device that is not there; every trial is listed and its tile is its time."""
+    from spd_fast.kernels import configs
+
+    tried = []
+    configs._remembered.cache_clear()
+    configs._architecture.cache_clear()
+    properties = SimpleNamespace(name="Some GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("SPD_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("SPD_FAST_TUNE", "1")
+
+    def do_bench(run, warmup, rep):
+        run()
+        return -tried[-1].blocks["BLOCK_N"]  # the largest tile is the fastest
+
+    monkeypatch.setattr(configs.triton.testing, "do_bench", do_bench)
+
+    def pick(shape=(1000, 64, 64), like=LIKE):
+        return configs.pick("mask_forward", "mma", like, shape, tried.append)
+
+    yield SimpleNamespace(
+        pick=pick, tried=tried, file=tmp_path / "spd_fast" / "tuning.json", configs=configs,
+        options=configs.CONFIGS["mask_forward"]["mma"],
+    )  # fmt: skip
+    configs._remembered.cache_clear()
+    configs._architecture.cache_clear()
+
+
+def test_a_first_call_takes_the_shipped_default_without_tuning(tuner, monkeypatch):
+    monkeypatch.delenv("SPD_FAST_TUNE")
+    assert tuner.pick() is tuner.options[0]
+    assert tuner.tried == []
+    assert not tuner.file.exists()
+
+
+def test_the_tuner_tries_each_candidate_once_and_remembers_the_fastest(tuner):
+    assert tuner.pick() is tuner.options[1]
+    assert tuner.tried == list(tuner.options)
+    assert tuner.pick() is tuner.options[1]
+    assert len(tuner.tried) == len(tuner.options)
+    (key,) = json.loads(tuner.file.read_text())
+    assert "Some GPU-sm90" in key
+    assert "mask_forward/mma/bfloat16/1024x64x64" in key
+
+
+def test_another_process_reads_what_was_tuned_even_if_it_does_not_tune(tuner, monkeypatch):
+    tuner.pick()
+    tuner.configs._remembered.cache_clear()
+    monkeypatch.delenv("SPD_FAST_TUNE")
+    assert tuner.pick() is tuner.options[1]
+
+
+def test_sizes_of_one_power_of_two_share_an_entry_and_others_do_not(tuner):
+    tuner.pick((1000, 64, 64))
+    tuner.pick((600, 50, 33))
+    assert len(tuner.tried) == len(tuner.options)
+    tuner.pick((500, 64, 64))
+    assert len(tuner.tried) == 2 * len(tuner.options)
+
+
+def test_deterministic_mode_pins_the_default(tuner):
+    tuner.pick()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert tuner.pick() is tuner.options[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nothing_is_tuned_while_a_graph_is_captured(tuner, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuner.pick() is tuner.options[0]
+    assert tuner.tried == []
+
+
+@pytest.mark.parametrize("content", ["not json", "[1, 2]", '{"a": "b"}'])
+def test_a_damaged_file_is_tuned_over(content, tuner):
+    tuner.file.parent.mkdir(parents=True)
+    tuner.file.write_text(content)
+    assert tuner.pick() is tuner.options[1]
+    assert list(json.loads(tuner.file.read_text()).values()) == [1]
+
+
+def test_an_entry_beyond_the_candidates_is_not_used(tuner):
+    tuner.pick()
+    (key,) = json.loads(tuner.file.read_text())
+    tuner.file.write_text(json.dumps({key: 7}))
+    tuner.configs._remembered.cache_clear()
+    assert tuner.pick() is tuner.options[1]
+
+
+def test_a_file_that_cannot_be_written_costs_nothing_but_the_memory(tuner, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPD_FAST_CACHE", str(tmp_path / "file"))
+    assert tuner.pick() is tuner.options[1]
+
+
+@pytest.mark.parametrize(("setting", "operands"), [("tf32", "mma"), ("ieee", "ieee")])
+def test_tf32_only_where_torch_is_asked_for_it(setting, operands, monkeypatch):
+    from spd_fast.kernels import configs, product
+
+    matmul = SimpleNamespace(fp32_precision=setting)  # reading allow_tf32 would be an error
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    fp32 = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    assert configs.operand_class(fp32) == operands
+    assert product.precision(fp32) == setting
+    assert product.precision(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True)) == "ieee"
+    monkeypatch.setattr(
+        torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=setting == "tf32")
+    )
+    assert configs.operand_class(fp32) == operands
+
+
+def test_every_launch_turns_fp_fusion_off_and_passes_its_configuration(triton_ops):
+    from spd_fast.kernels.configs import Config, launch
+
+    seen = {}
+
+    class Kernel:
+        arg_names = ("a", "size")
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.update(grid=grid, args=args, **options)
+
+    a = torch.zeros(3)
+    launch(Kernel(), a, (2,), a, 3, FLAG=True, config=Config({"BLOCK_N": 64}, 8, 3))
+    assert seen == {
+        "grid": (2,), "args": (a, 3), "FLAG": True, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def test_a_tensor_on_another_device_is_named():
+    from spd_fast.kernels import importances
+
+    with pytest.raises(ValueError, match=r"grad_lower \(4, 3\) is on meta, need cpu"):
+        importances.importances_backward(
+            torch.zeros(4, 3, device="meta"), None, torch.zeros(4, 3), "paper", "none", 1.0, 0.0
+        )
+
+
+def test_recipes_of_the_wrong_dtype_are_named():
+    from spd_fast.ops import MaskRecipe, RandomSource, component_linear
+
+    x, V, U = torch.ones(4, 3), torch.ones(3, 5), torch.ones(5, 2)
+    with pytest.raises(ValueError, match=r"the key is torch.float32 \(2,\), need int64 \(2,\)"):
+        component_linear(x, V, U, MaskRecipe(source=RandomSource(torch.zeros(2))))
+    routing = MaskRecipe(routing=torch.ones(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"mask.routing is torch.int64, need bool"):
+        component_linear(x, V, U, routing, weight=torch.ones(2, 3))

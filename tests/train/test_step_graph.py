@@ -1,0 +1,171 @@
+"""Recorded training steps: what a replay reads, what may be recorded, and the same training.
+
+On a CPU a double stands for the graph: its replay computes the recorded function again, from the
+same tensors, and writes over the same results.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+
+from spd_fast.ops import make_key
+from spd_fast.train.step_graph import StepGraph
+from tests.train.test_trainer import assert_same, batches, state, trainer
+
+# Exact in float32, as a recorded step's learning rate is.
+CONSTANT = {"lr": 2.0**-7, "lr_schedule": "constant", "minimality": {"p_final": None}}
+
+
+class Recorder:
+    """Counts recordings and replays."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, function):
+        self.recorded += 1
+        losses, step = {}, SimpleNamespace()
+
+        def replay() -> None:
+            self.replayed += 1
+            new_losses, new_step = function()
+            losses.clear()
+            losses.update(new_losses)
+            step.__dict__.update(new_step.__dict__)
+
+        return (losses, step), replay
+
+
+def captured(recorder=None, **options):
+    built = trainer(**{**CONSTANT, **options})
+    built.capture(record=recorder or Recorder())
+    return built
+
+
+def test_a_recorded_training_is_the_same_training():
+    recorder = Recorder()
+    plain, ours = trainer(**CONSTANT), captured(recorder)
+    plain.fit()
+    ours.fit()
+    assert_same(state(ours), state(plain))
+    assert (recorder.recorded, recorder.replayed) == (1, 12 - 3)
+
+
+def test_a_schedule_reaches_the_recorded_steps():
+    changed = {**CONSTANT, "lr_schedule": "cosine"}
+    plain, ours = trainer(**changed), captured(**changed)
+    plain.fit()
+    ours.fit()
+    rates = [float(group["lr"]) for t in (plain, ours) for group in t.optimizer.param_groups]
+    assert rates[0] == pytest.approx(rates[-1], rel=1e-6)
+    for name, value in state(plain).items():
+        torch.testing.assert_close(state(ours)[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_recorded_step_reads_batch_key_and_rate_where_they_were(tmp_path):
+    seen = []
+    plain = trainer(**CONSTANT)
+    update = plain.update
+
+    def spy(batch, index=0):
+        rates = [g["lr"] for g in plain.optimizer.param_groups]
+        seen.append((batch, plain.graph.key, plain.graph.key.clone(), rates))
+        return update(batch, index)
+
+    plain.update = spy
+    plain.capture(record=Recorder())
+    plain.fit()
+    replays = seen[3:]
+    assert len({(b.data_ptr(), k.data_ptr(), r[0].data_ptr()) for b, k, _, r in replays}) == 1
+    for step, (_, _, key, _) in enumerate(seen):
+        assert torch.equal(key, make_key(plain.config.seed, step))
+    assert torch.equal(replays[0][0], batches(11))
+
+
+def test_a_resumed_recorded_training_is_the_uninterrupted_one(tmp_path):
+    whole, half = captured(), captured(out=tmp_path, steps=12)
+    whole.fit()
+    half.config = half.config.model_copy(update={"steps": 6})
+    half.fit()
+    # The checkpoint is of a training of 12 steps.
+    half.config = half.config.model_copy(update={"steps": 12})
+    half.save()
+    again = captured(out=tmp_path)
+    assert again.resume()
+    assert again.step == 6
+    again.fit()
+    assert_same(state(again), state(whole))
+
+
+def test_a_checkpoint_belongs_to_the_same_run_recorded_or_not(tmp_path):
+    recorded = captured(out=tmp_path)
+    recorded.fit()
+    assert trainer(out=tmp_path, **CONSTANT, cuda_graph=False).resume()
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_as_it_is():
+    def refuse(function):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    plain, ours = trainer(**CONSTANT), captured(refuse)
+    plain.fit()
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
+        ours.fit()
+    assert_same(state(ours), state(plain))
+
+
+def test_another_batch_size_is_recorded_anew():
+    recorder = Recorder()
+    ours = captured(recorder, batches=lambda step: batches(step)[: 9 if step < 8 else 6])
+    ours.fit()
+    assert recorder.recorded == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"minimality": {"p": 2, "p_final": 1}}, "coefficients or penalty"),
+        ({"batch_size": 8, "accumulation": 2}, "the forwards of one step"),
+        ({"activation_checkpointing": True}, "the forwards of one step"),
+        ({"losses": {"pgd_recon": {"coeff": 1, "pgd_steps": 3, "step_size": 0.1}}},
+         "adversarial sources or routing"),
+    ],
+)  # fmt: skip
+def test_what_differs_between_steps_is_found(changes, reason):
+    assert trainer(**{**CONSTANT, **changes}).varies() == reason
+
+
+def test_on_a_cpu_nothing_is_recorded():
+    assert trainer(**CONSTANT).graph is None
+
+
+def test_learning_rates_become_tensors_of_their_own():
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [w]} for w in weights], lr=0.5)
+    StepGraph(lambda batch: batch, optimizer, 0, torch.device("cpu"))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert [float(r) for r in rates] == [0.5, 0.5]
+    assert rates[0] is not rates[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replayed_training_is_bit_equal_to_the_launched_one():
+    from bench.problems import step_trainer
+
+    states = []
+    for recorded in (True, False):
+        built = step_trainer("tms_5-2", "triton", device="cuda", batch=512)
+        assert built.graph is not None
+        if not recorded:
+            built.graph.usable = False
+        for step in range(12):
+            built.train_step(step)
+        states.append(state(built))
+    assert_same(*states)
