@@ -157,7 +157,7 @@ for _forward, _backward in _PRIMITIVES.values():
 
 
 # Above this many elements a GPU's backward makes h again, chunk by chunk, instead of keeping it.
-_STREAMED = 2**28
+STREAMED = 2**28
 
 
 class _Gate(torch.autograd.Function):
@@ -170,7 +170,7 @@ class _Gate(torch.autograd.Function):
         ctx.options, ctx.gate_eval = (sigmoid, penalty, power, eps), gate_eval
         forward = _fused.kernel(_PRIMITIVES[gate_eval][0], x)
         inner, lower, sums = forward(x, V, w_in, b_in, w_out, b_out, *ctx.options)
-        streamed = x.device.type != "cpu" and inner.numel() > _STREAMED
+        streamed = x.device.type != "cpu" and inner.numel() > STREAMED
         kept = None if streamed else inner
         ctx.save_for_backward(x, V, kept, w_in, b_in, w_out, b_out)
         return inner, lower, sums

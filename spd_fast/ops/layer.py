@@ -6,7 +6,8 @@
 
 The numbers are those of :func:`~spd_fast.ops.gate` followed by
 :func:`~spd_fast.ops.component_linear`, but a mask on its own importances can be made, used and
-forgotten chunk by chunk of components, and again in the backward: one product x V more.
+forgotten chunk by chunk of components, and again in the backward: one product x V more. The C++
+engine does; on a GPU the two run one after the other and keep g.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from spd_fast import backends
 from spd_fast.ops import _fused
 from spd_fast.ops._library import primitive
 from spd_fast.ops.component_linear import component_linear
-from spd_fast.ops.gate import check_layers, fused_layers, gate, unsupported
+from spd_fast.ops.gate import STREAMED, check_layers, fused_layers, gate, unsupported
 from spd_fast.ops.masks import MaskRecipe
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid
@@ -107,8 +108,12 @@ def _reason(
     backend: str, x: Tensor, weights: Sequence[Tensor], sigmoid: SigmoidKind, mask: MaskRecipe,
     weight: Tensor | None,
 ) -> str | None:  # fmt: skip
-    if backend != "cpu":
+    if backend == "cuda":
         return "it has no streamed layer"
+    if backend == "triton":  # the two operations, whatever they cover
+        return unsupported(backend, x, weights, sigmoid) or _fused.unsupported_weight(
+            weight if mask.needs_weight else None
+        )
     if isinstance(mask.delta, Tensor) and mask.delta.requires_grad and torch.is_grad_enabled():
         return "its streamed layer computes no gradient of delta"
     return (
@@ -160,13 +165,13 @@ def layer(
     chosen = backends.resolve(
         backend, x.device, "layer", lambda name: _reason(name, x, weights, sigmoid, mask, weight)
     )
-    if chosen == "reference":
-        out = gate(
-            x, V, weights, biases, sigmoid=sigmoid, penalty=penalty, backend="reference"
-        )  # fmt: skip
+    if chosen != "cpu":
+        # On a GPU two operations, which share h until it is large: g is all that is kept then.
+        out = gate(x, V, weights, biases, sigmoid=sigmoid, penalty=penalty, backend=chosen)
+        inner = out.inner if chosen == "reference" or out.inner.numel() <= STREAMED else None
         y = component_linear(
-            x, V, U, replace(mask, lower=out.lower), weight=weight, bias=bias, inner=out.inner,
-            backend="reference",
+            x, V, U, replace(mask, lower=out.lower), weight=weight, bias=bias, inner=inner,
+            backend=chosen,
         )  # fmt: skip
         return LayerOutput(y, out.penalty_sum)
     _fused.load(chosen)
