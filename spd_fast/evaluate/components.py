@@ -40,7 +40,7 @@ class Harvest:
         components: the chosen ones, most important first.
         mean: [C] mean importance. frequency: [C] fraction of positions at which it is active.
         peak: [C] largest importance. norm: [C] ‖v_c‖ ‖u_c‖. For all components.
-        contexts: a list per chosen component, highest importance first.
+        contexts: a list per chosen component, highest importance first, each of another sequence.
         tokens: per chosen component (token, share of its importance, lift): lift is the mean
             importance at the token over the mean at all positions.
         together: [k, k] cosine of the chosen components' importances over positions.
@@ -98,16 +98,17 @@ class _Best:
         self.around: Tensor
 
     def add(self, lower: Tensor, tokens: Tensor) -> None:
-        """lower [B, T, k], tokens [B, T]."""
-        B, T, k = lower.shape
+        """lower [B, T, k], tokens [B, T]. A sequence counts with its best position alone: contexts
+        that overlap show nothing new."""
+        B, _, k = lower.shape
         side = self.window
-        flat = lower.reshape(B * T, k)
-        value, index = flat.topk(min(self.count, B * T), dim=0)  # [m, k]
+        highest = lower.max(dim=1)  # over positions, [B, k]
+        value, row = highest.values.topk(min(self.count, B), dim=0)  # [m, k]
+        column = highest.indices.gather(0, row)
         # Beyond a sequence's ends there is no token.
         padded = torch.nn.functional.pad(tokens, (side, side), value=-1)
         beside = torch.nn.functional.pad(lower.permute(2, 0, 1), (side, side))  # [k, B, T + 2 side]
         offsets = torch.arange(2 * side + 1, device=lower.device)
-        row, column = index // T, index % T
         place = column[..., None] + offsets  # [m, k, window]
         found_tokens = padded[row[..., None], place]
         which = torch.arange(k, device=lower.device)[None, :, None]

@@ -26,7 +26,10 @@ from spd_fast.report.style import (
     Picture,
     axes_at,
     drawing,
+    few_ticks,
     figure,
+    legend_below,
+    log_axis,
     series,
     steps_axis,
     style,
@@ -181,10 +184,11 @@ def _frontier(points: list[dict[str, float]]) -> Figure:
     for p in (points[0], points[-1]):
         ax.annotate(f"step {p['step']:,.0f}", (p["l0"], p["kl_ci"]), fontsize=7,
                     xytext=(3, 4), textcoords="offset points")  # fmt: skip
-    ax.set_yscale("log")
+    log_axis(ax)
+    few_ticks(ax.xaxis, 5)
     ax.set_xlabel("L0, all sites")
     ax.set_ylabel("KL [nats]")
-    ax.legend(frameon=False, fontsize=7.5)
+    legend_below(fig, ax, columns=3)
     return fig
 
 

@@ -59,10 +59,10 @@ def test_components_are_chosen_by_mean_importance(found, whole):
     assert found.positions == 12 * T
 
 
-def test_contexts_are_those_of_highest_importance(found, whole):
+def test_contexts_are_the_sequences_of_highest_importance(found, whole):
     tokens, lower = whole
     for i, c in enumerate(found.components):
-        values = lower[..., c].flatten().sort(descending=True).values[:3]
+        values = lower[..., c].amax(dim=1).sort(descending=True).values[:3]
         got = [context.importances[context.at] for context in found.contexts[i]]
         assert got == pytest.approx([v for v in values.tolist() if v > 0.01])
         for context in found.contexts[i]:
