@@ -120,6 +120,22 @@ def test_a_finished_run_opens_again(finished):
         assert parameter.equal(finished.model.state_dict()[name])
 
 
+def test_a_dataset_on_disk_is_packed_into_sequences(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [[int(i) % VOCABULARY for i in range(7 * n, 9 * n + 3)] for n in range(30)]
+    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(str(tmp_path / "data"))
+    config = configured(
+        folder,
+        data={"kind": "huggingface", "path": str(tmp_path / "data"), "length": 8},
+        steps=3,
+        warm_up={"steps": 1},
+        evaluation={"batches": 1, "batch_size": 2, "pgd_steps": []},
+    )
+    found = run_language(config, tmp_path / "r", quiet=True).evaluation()
+    assert found["steps"] == 3
+    assert found["positions"] == 2 * 8
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
