@@ -203,11 +203,26 @@ def predict() -> str:
     return "\n".join([*lines, "", *memory])
 
 
-def fill(page: str, times: dict[tuple[str, str], float], memory: dict[str, float]) -> str:
-    """``page`` with the measured columns of its two tables filled, by workload and kernel; rows
-    that were not measured stay as they are."""
+MEASURED = "**Measured:**"
+
+
+def fill(
+    page: str,
+    times: dict[tuple[str, str], float],
+    memory: dict[str, float],
+    where: dict[str, str] | None = None,
+) -> str:
+    """``page`` with the measured columns of its two tables filled, by workload and kernel, and with
+    where that was; rows that were not measured stay as they are."""
     lines, table = [], ""
     for line in page.splitlines():
+        if line.startswith(MEASURED) and where is not None:
+            line = (
+                f"{MEASURED} on {where['gpu']} with torch {where['torch']}, triton "
+                f"{where['triton']}, python {where['python']}, at {where['commit']}, "
+                f"{where['started'][:10]}, by `python -m bench.gpu`; its bf16 products reach "
+                f"{where['peak_tflops']} TFLOP/s, its copies {where['copy_tb_s']} TB/s."
+            )
         if line in (HEADER, MEMORY_HEADER):
             table = line
         elif not line.startswith("|"):
@@ -461,7 +476,8 @@ def measure(out: Path, page: Path, minutes: float) -> None:
             times.update(_kernels(work))
     memory = {r.workload: r.extra_mb for r in results
               if r.variant == "spd_fast" and r.passes == "fwd+bwd" and r.extra_mb}  # fmt: skip
-    page.write_text(fill(page.read_text(encoding="utf-8"), times, memory), encoding="utf-8")
+    filled = fill(page.read_text(encoding="utf-8"), times, memory, where)
+    page.write_text(filled, encoding="utf-8")
     gpu_plot.draw(out, out.parent)
     print(*verdicts(results), sep="\n")
 

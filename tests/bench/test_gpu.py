@@ -111,6 +111,8 @@ def test_a_large_layer_reads_and_writes_chunks(monkeypatch):
 
 PAGE = f"""# Page
 
+{gpu.MEASURED} nothing yet.
+
 {gpu.HEADER}
 |---|---|---|---|---|---|---|
 | mlp_in | x V | 1 | 86 | 51 | 0.065 | |
@@ -137,6 +139,16 @@ def test_filling_the_page_writes_only_what_was_measured():
     assert filled == expected
     assert gpu.fill(filled, times, {"mlp_in": 401.234}) == filled
     assert gpu.fill(PAGE, {}, {}) == PAGE
+
+
+def test_filling_the_page_says_where_it_was_measured():
+    filled = gpu.fill(PAGE, {}, {}, WHERE)
+    assert "nothing yet" not in filled
+    assert (
+        "**Measured:** on Some GPU with torch 2.11.0, triton 3.6.0, python 3.12.3, at 0123456789ab,"
+        " 2026-11-25, by `python -m bench.gpu`" in filled
+    )
+    assert gpu.MEASURED in (gpu.ROOT / "docs/kernels.md").read_text(encoding="utf-8")
 
 
 def test_the_documented_predictions_are_those_of_the_code():
