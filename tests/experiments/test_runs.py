@@ -505,8 +505,8 @@ def test_sites_without_a_known_mechanism_have_no_verdict(tmp_path, monkeypatch):
 def test_peak_memory_is_in_megabytes_on_every_system(finished, monkeypatch):
     from spd_fast.experiments import runs
 
-    here = runs._peak_memory_mb(torch.device("cpu"))
+    here = runs.peak_memory_mb(torch.device("cpu"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert runs._peak_memory_mb(torch.device("cpu")) == pytest.approx(here, rel=0.5)
+    assert runs.peak_memory_mb(torch.device("cpu")) == pytest.approx(here, rel=0.5)
     monkeypatch.setattr(sys, "platform", "darwin")  # counts bytes, not kilobytes
-    assert runs._peak_memory_mb(torch.device("cpu")) == pytest.approx(here / 1024, rel=0.5)
+    assert runs.peak_memory_mb(torch.device("cpu")) == pytest.approx(here / 1024, rel=0.5)
