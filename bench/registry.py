@@ -256,6 +256,13 @@ CPU: dict[str, Workload] = {
             for name in OPERATIONS
             if name != "layer"
         ),
+        # Exact beside interpolated gates where the gates are most of a site's work.
+        *(
+            OperationWorkload(
+                f"{name}-tms_40-10", operation=name, shape=Shape(4096, 40, 10, 200)
+            )
+            for name in ("gate", "gate_interpolated")
+        ),
     )
 }  # fmt: skip
 
