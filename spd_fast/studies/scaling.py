@@ -141,6 +141,7 @@ def scaling(
                         answer = take(
                             config, backend=backend, device=options.device, memory_mb=limit,
                             seconds=seconds,
+                            before=settings(method, "components", 1) | {"batch_size": 64},
                         )  # fmt: skip
                         if answer["status"].startswith("failed"):
                             raise UserError(f"{cell.key}: {answer['status']}")

@@ -130,10 +130,12 @@ TINY = settings("spd_fast", "components", 1) | {"batch_size": 64}
 
 
 def test_a_step_is_measured_in_a_process_of_its_own():
-    found = measuring.measure(TINY, backend="auto", device="cpu", memory_mb=2000, seconds=900)
+    found = measuring.measure(
+        TINY, backend="auto", device="cpu", memory_mb=2000, seconds=900, before=TINY
+    )
     assert found["status"] == "ok"
     assert found["ms"] > 0
-    assert 0 < found["peak_mb"] < 1000
+    assert 0 <= found["peak_mb"] < 100
     assert found["bare_mb"] > 50
     assert 1 <= found["steps"] <= measuring.MOST_STEPS
 
