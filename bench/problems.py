@@ -23,6 +23,7 @@ from spd_fast.experiments.recipes import recipe
 from spd_fast.losses import LOSSES, Step
 from spd_fast.model import DecomposedModel
 from spd_fast.ops import Penalty, make_key
+from spd_fast.ops._fused import per_component
 from spd_fast.train import Trainer, parse_config
 
 __all__ = ["PROVIDERS", "Problem", "prepare", "site_tensors", "step_trainer", "unavailable_reason"]
@@ -31,6 +32,8 @@ PROVIDERS = ("reference", "compile", "cpu", "triton", "cuda")
 SEED = 0
 # A logit this close to 0 or 1 gets its sigmoid's derivative by a coin toss in float32.
 KINK = 1e-5
+# [N, C] tensors that one operation hands to another, in the layout of the kernels at both ends.
+PER_COMPONENT = ("inner", "lower", "grad_inner", "grad_lower")
 
 
 def unavailable_reason(provider: str) -> str | None:
@@ -143,6 +146,10 @@ class _OperationProblem:
             name: t.detach().to(dtype if t.is_floating_point() else t.dtype)
             for name, t in tensors.items()
         }
+        if provider == "cpu":
+            for name in PER_COMPONENT:
+                t = self.tensors[name]
+                self.tensors[name] = per_component(t, *t.shape).copy_(t)
         self.leaves = {n: self.tensors[n].requires_grad_(True) for n in differentiated}
         backend = "reference" if provider == "compile" else provider
         run = operation.run

@@ -268,7 +268,7 @@ def _authors(workload: Workload) -> str:
 def print_table(results: list[Result], peaks: dict[torch.dtype, float]) -> None:
     """The table a person reads; times as median [first – third quartile]."""
     headings = [
-        ("workload", 23), ("provider", 11), ("ms, median [quartiles]", 29), ("× reference", 12),
+        ("workload", 29), ("provider", 11), ("ms, median [quartiles]", 29), ("× reference", 12),
         ("× products", 11), ("GFLOP/s", 9), ("of peak", 8), ("extra MB", 10), ("peak MB", 9),
         (AUTHORS, 0),
     ]  # fmt: skip
@@ -276,7 +276,7 @@ def print_table(results: list[Result], peaks: dict[torch.dtype, float]) -> None:
     for r in results:
         q = r.quantities
         if r.median is None:
-            print(f"{r.workload.name:<23}{r.provider:<11}{r.status}")
+            print(f"{r.workload.name:<29}{r.provider:<11}{r.status}")
             continue
         q1, q3 = r.quartiles()
         share = q.get("share_of_peak")
@@ -302,7 +302,7 @@ def print_table(results: list[Result], peaks: dict[torch.dtype, float]) -> None:
     else:
         print("\nbars of DESIGN §8 (speedup_over_authors: against the lower end of their figure)")
         for r, line in lines:
-            print(f"  {r.workload.name:<23}{r.provider:<11}{line}")
+            print(f"  {r.workload.name:<29}{r.provider:<11}{line}")
 
 
 def _chosen_providers(
