@@ -328,6 +328,24 @@ def table(
     print(results_table([read_evaluation(folder) for folder in folders], markdown=markdown))
 
 
+@app.command()
+def plan(
+    experiment: Annotated[str, typer.Argument(help="An experiment's name, or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Further settings.")
+    ] = None,
+    device: Device = None,
+    backend: Backend = None,
+) -> None:
+    """Show what a run will need before it runs: sites, parameters, memory, time of a step."""
+    from spd_fast import experiments
+    from spd_fast.experiments.planning import plan_experiment
+    from spd_fast.train import set_keys
+
+    data = set_keys(experiments.recipe(experiment), overrides or [])
+    print(plan_experiment(data, device=device, backend=backend).table())
+
+
 @app.command("import")
 def import_(
     run_dir: Annotated[Path, typer.Argument(help="A run's folder of the authors' torch code.")],

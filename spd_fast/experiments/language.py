@@ -125,7 +125,7 @@ def token_batches(
     return batches
 
 
-def _trainer(
+def language_trainer(
     config: LanguageConfig, target: nn.Module, out: Path, backend: str | None, quiet: bool
 ) -> Trainer:
     model = DecomposedModel(
@@ -177,7 +177,7 @@ def run_language(
         if out.is_dir():
             locks.enter_context(alone_in(out))
         target = _load_target(config).to(chosen)
-        trainer = _trainer(config, target, out, backend, quiet)
+        trainer = language_trainer(config, target, out, backend, quiet)
         token_batches(config, target, "evaluate", str(chosen))(0)
         _try_forwards(trainer)
         resumed = resume and out.is_dir() and trainer.resume()
