@@ -61,6 +61,8 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
     ) -> None:
         self._of_components = set(map(id, model.components.parameters()))
         super().__init__(model, config, config.losses, batches, out=out, quiet=quiet)
+        # Read once: validated objects are made when they are asked for.
+        self.terms = config.losses.terms()
         self.options = config.losses.options()
         persistent = self.options.get(PERSISTENT)
         self.persistent: PersistentSources | None = None
@@ -110,7 +112,8 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         and gradients are those of the whole batch, the step returned is the last piece's.
         """
         self._set_lr(index)
-        self.coefficients = self.config.losses.coefficients(index / self.config.steps)
+        fraction = index / self.config.steps
+        self.coefficients = {name: term.coeff_at(fraction) for name, term in self.terms.items()}
         batch = self.batches(index)
         return self.update(batch, index) if self.graph is None else self.graph.run(index, batch)
 
