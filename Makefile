@@ -60,9 +60,9 @@ coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 # Speed beside the reference, torch.compile and the bare matrix products; writes bench/results/.
+# The plots are drawn of whatever was right, also where the run ends with a wrong result.
 bench: setup
-	$(BIN)/python -m bench.run
-	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.run; status=$$?; $(BIN)/python -m bench.plot && exit $$status
 
 # Memory against the number of components.
 bench-memory: setup
