@@ -453,8 +453,6 @@ def _where(peak: float, copies: float) -> dict[str, str]:
 
 def measure(out: Path, page: Path, minutes: float) -> None:
     """Time and memory of every variant at every workload: CSV, plots, measured column, bars."""
-    from bench import gpu_plot
-
     deadline = time.monotonic() + 60 * minutes
     peak, copies = _ceilings()
     where = _where(peak, copies)
@@ -478,8 +476,13 @@ def measure(out: Path, page: Path, minutes: float) -> None:
               if r.variant == "spd_fast" and r.passes == "fwd+bwd" and r.extra_mb}  # fmt: skip
     filled = fill(page.read_text(encoding="utf-8"), times, memory, where)
     page.write_text(filled, encoding="utf-8")
-    gpu_plot.draw(out, out.parent)
     print(*verdicts(results), sep="\n")
+    try:
+        from bench import gpu_plot
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error.name} is not installed")
+    else:
+        gpu_plot.draw(out, out.parent)
 
 
 def main(arguments: list[str] | None = None) -> int:

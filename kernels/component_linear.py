@@ -241,7 +241,8 @@ class _Recipe:
         if key is not None:
             kind = "binomial" if binomial else "uniform"
         self.place = (draw, site, row_offset)
-        self.key, self.random_delta = key, random_delta
+        # The kernels read two neighbouring words; a contiguous key stays the live one.
+        self.key, self.random_delta = None if key is None else key.contiguous(), random_delta
         self.delta = None if delta is None else delta.contiguous()
         self.routing = None if routing is None else routing.contiguous()
         self.lower, self.source = lower, source

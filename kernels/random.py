@@ -76,7 +76,7 @@ def uniform_kernel(
 
 def delta_mask(key: Tensor, rows: int, column: int, draw: int, site: int, offset: int) -> Tensor:
     """δ [N] in float32."""
-    out = torch.empty(rows, device=key.device)
+    out, key = torch.empty(rows, device=key.device), key.contiguous()
     if rows:
         launch(uniform_column_kernel, out, (triton.cdiv(rows, 256),), out, key,
                rows, column, draw, site, offset, BLOCK_N=256)  # fmt: skip
@@ -85,7 +85,7 @@ def delta_mask(key: Tensor, rows: int, column: int, draw: int, site: int, offset
 
 def uniform(key: Tensor, rows: int, columns: int, draw: int, site: int, offset: int) -> Tensor:
     """u [rows, columns] in float32: for tests and for looking at masks."""
-    out = torch.empty(rows, columns, device=key.device)
+    out, key = torch.empty(rows, columns, device=key.device), key.contiguous()
     if out.numel():
         grid = (triton.cdiv(rows, 32), triton.cdiv(columns, 64))
         launch(uniform_kernel, out, grid, out, key, rows, columns, draw, site, offset,

@@ -110,7 +110,7 @@ class Step:
 
     def divergence_of(self, output: Tensor) -> Tensor:
         """D(output, clean output)."""
-        return divergence(output, self.clean.output, self.divergence)
+        return divergence(output, self.clean.output, self.divergence, backend=self.model.backend)
 
     def reconstruction(
         self,

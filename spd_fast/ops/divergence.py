@@ -100,9 +100,9 @@ def _unsupported(backend: str, prediction: Tensor, target: Tensor) -> str | None
     return _fused.unsupported_dtype(backend, prediction)
 
 
-def _backend(prediction: Tensor, target: Tensor) -> str:
+def _backend(backend: str | None, prediction: Tensor, target: Tensor) -> str:
     return _fused.resolve_on_gpu(
-        None, prediction, "divergence", lambda name: _unsupported(name, prediction, target)
+        backend, prediction, "divergence", lambda name: _unsupported(name, prediction, target)
     )
 
 
@@ -113,33 +113,35 @@ def _check(prediction: Tensor, target: Tensor) -> None:
         )
 
 
-def mse_divergence(prediction: Tensor, target: Tensor) -> Tensor:
+def mse_divergence(prediction: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
     """Σ (prediction − target)² / numel. Shapes equal; returns a scalar; NaN when empty."""
     _check(prediction, target)
-    chosen = _backend(prediction, target)
+    chosen = _backend(backend, prediction, target)
     if chosen == "reference":
         return _mse(prediction, target)
     _fused.load(chosen)
     return _FusedMSE.apply(prediction, target)
 
 
-def kl_divergence(prediction: Tensor, target: Tensor) -> Tensor:
+def kl_divergence(prediction: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean over positions of KL(softmax(target) ‖ softmax(prediction)), in nats, in float32.
 
     Both are logits [..., vocabulary]; returns a scalar, 0 when there are no positions.
     """
     _check(prediction, target)
-    chosen = _backend(prediction, target)
+    chosen = _backend(backend, prediction, target)
     if chosen == "reference":
         return kl_reference(prediction, target)
     _fused.load(chosen)
     return _FusedKL.apply(prediction, target)
 
 
-def divergence(prediction: Tensor, target: Tensor, kind: DivergenceKind) -> Tensor:
+def divergence(
+    prediction: Tensor, target: Tensor, kind: DivergenceKind, *, backend: str | None = None
+) -> Tensor:
     """D of the reconstruction losses (the paper, eq. 6): ``mse`` or ``kl``."""
     if kind == "mse":
-        return mse_divergence(prediction, target)
+        return mse_divergence(prediction, target, backend=backend)
     if kind == "kl":
-        return kl_divergence(prediction, target)
+        return kl_divergence(prediction, target, backend=backend)
     raise UserError(f"unknown divergence {kind!r}; known: 'mse', 'kl'")

@@ -31,3 +31,12 @@ def test_columns_are_bit_equal_to_the_reference(column):
     assert torch.equal(
         random.delta_mask(key, 300, column, 3, 4, 5), uniform_column(source, 300, column)
     )
+
+
+def test_a_key_with_gaps_in_memory_is_its_copy():
+    from spd_fast.kernels import random
+
+    key = torch.tensor([1, 9, 2, 9])[::2]
+    source = RandomSource(key.clone())
+    assert torch.equal(random.uniform(key, 5, 7, 0, 0, 0), uniform(source, 5, 7))
+    assert torch.equal(random.delta_mask(key, 5, 7, 0, 0, 0), uniform_column(source, 5, 7))

@@ -134,3 +134,11 @@ def test_different_shapes_are_an_error_that_names_both(kind):
 def test_unknown_kind_is_an_error_that_lists_the_known():
     with pytest.raises(UserError, match="unknown divergence 'l2'; known: 'mse', 'kl'"):
         divergence(torch.zeros(1), torch.zeros(1), "l2")
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_a_backend_that_cannot_run_here_is_an_error(kind):
+    if torch.cuda.is_available():
+        pytest.skip("triton runs here")
+    with pytest.raises(UserError, match="triton"):
+        divergence(normal(0, 3, 4), normal(1, 3, 4), kind, backend="triton")
