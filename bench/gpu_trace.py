@@ -126,7 +126,8 @@ def _launched(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> 
 def _product_name(a: Tensor, b: Tensor, depths: tuple[int, int]) -> str:
     """Which of a site's products A B is, by its sizes and by what is a transposed view."""
     if a.stride(1) != 1:
-        return "xᵀ h̄" if a.shape[0] == depths[0] else "aᵀ ȳ"
+        # A chunk of components may be as wide as d_in: the right operand tells.
+        return "aᵀ ȳ" if b.shape[1] == depths[1] else "xᵀ h̄"
     transposed = b.stride(1) != 1
     if a.shape[1] in depths:
         return "ȳ Uᵀ" if transposed else "x V"

@@ -160,6 +160,12 @@ def test_the_documented_predictions_are_those_of_the_code():
         assert kept in blank, line
 
 
+@pytest.mark.parametrize("work", ["mlp_in", "large_mlp", "wide_dictionary"])
+def test_every_product_of_a_layer_is_told_from_the_others(work):
+    names = {line.split(" | ")[1] for line in gpu.predict().splitlines() if f"| {work} |" in line}
+    assert {"a U", "ȳ Uᵀ", "aᵀ ȳ", "xᵀ h̄", "h̄ Vᵀ"} <= names
+
+
 def results() -> list[gpu.Measurement]:
     def of(workload: str, *variants: tuple[str, float, float, float]) -> list[gpu.Measurement]:
         return [
