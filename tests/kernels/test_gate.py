@@ -145,3 +145,13 @@ def test_programs_cover_every_row_once():
             assert (groups - 1) * tiles * 32 < N <= groups * tiles * 32
             column_tiles = -(-count // 32)
             assert (groups - 1) * column_tiles < PROGRAMS
+
+
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_a_nan_stays_one(hidden):
+    t = {k: v.float() for k, v in cases.make_inputs(5, 3, 4, hidden).items()}
+    t["x"][2, 1] = torch.nan
+    out = {b: cases.runner("paper", Penalty("lp", 2.0), b)(t) for b in ("triton", "reference")}
+    for name, expected in out["reference"].items():
+        assert expected.isnan().any(), name
+        assert torch.equal(out["triton"][name].isnan(), expected.isnan()), name
