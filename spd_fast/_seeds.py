@@ -5,7 +5,9 @@ from __future__ import annotations
 __all__ = ["STREAMS", "mixed_seed"]
 
 # Purposes never share random numbers, whatever the run's seed.
-STREAMS = ("target", "decompose", "evaluate", "initialise target", "initialise components")
+STREAMS = (
+    "target", "decompose", "evaluate", "initialise target", "initialise components", "start",
+)  # fmt: skip
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 

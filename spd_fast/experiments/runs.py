@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -38,10 +38,17 @@ from spd_fast.evaluate import (
 from spd_fast.experiments.measures import AnyModel, match, measure
 from spd_fast.experiments.recipes import AnyConfig, configuration, expected_sites
 from spd_fast.experiments.records import read_evaluation, read_metrics
+from spd_fast.experiments.starts import (
+    best_start,
+    chosen_start,
+    other_starts,
+    remove_checkpoints,
+    start_config,
+)
 from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
-from spd_fast.train import Trainer, load_config
+from spd_fast.train import Config, Trainer, load_config
 from spd_fast.train.config import ResidMLPTarget
 from spd_fast.train.progress import Progress
 
@@ -156,7 +163,7 @@ def run(
         trained = _trained_target(config, out)
         # An untrained network stands in for a target still to be trained until all is checked.
         target = targets.make_target(config.target, config.seed) if trained is None else trained
-        trainer = make_trainer(config, target.to(chosen), out, backend, quiet)
+        trainer = make_trainer(_started(config, out), target.to(chosen), out, backend, quiet)
         _try_forwards(trainer)
         resumed = resume and trained is not None and trainer.resume()
 
@@ -167,19 +174,40 @@ def run(
         write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
         if trained is None:
             target = _train_target(config, out / "target", quiet)
-            trainer = make_trainer(config, target.to(chosen), out, backend, quiet)
+            trainer = make_trainer(_started(config, out), target.to(chosen), out, backend, quiet)
             resumed = resume and trainer.resume()
         elif config.target.path is not None:
             targets.save_target(target, config.target, out / "target")
         if resumed and not quiet:
             say(f"resuming at step {trainer.step} of {config.steps}")
+        if isinstance(config, Config) and config.starts.count > 1 and not resumed:
+            trainer = best_start(
+                config, lambda c, at: make_trainer(c, target.to(chosen), at, backend, quiet), out
+            )
         trainer.fit()
         trainer.model.save_pretrained(out)
         finished = Run(out, config, trainer.model)
         evaluate_run(finished, trained_here=True)
+        remove_checkpoints(out)
     return finished
 
 
+def _started(config: AnyConfig, out: Path) -> AnyConfig:
+    """The configuration of the start that the run in ``out`` continues: its own if none."""
+    record = chosen_start(out)
+    if record is None or not isinstance(config, Config):
+        return config
+    return start_config(config, record["chosen"])
+
+
+@overload
+def make_trainer(
+    config: Config, target: nn.Module, out: Path | None, backend: str | None, quiet: bool
+) -> Trainer: ...
+@overload
+def make_trainer(
+    config: AnyConfig, target: nn.Module, out: Path | None, backend: str | None, quiet: bool
+) -> Trainer | APDTrainer: ...
 def make_trainer(
     config: AnyConfig, target: nn.Module, out: Path | None, backend: str | None, quiet: bool
 ) -> Trainer | APDTrainer:
@@ -370,6 +398,7 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
     represented = represented_features(model.target, features, device)
     metrics = run.metrics()
     steps, seconds = training_time(metrics)
+    elsewhere = sum(training_time(lines)[1] for lines in other_starts(run.folder))
     checks = [s["ci_error"] == 0 for s in sites.values() if s["ci_error"] is not None]
     neurons = contributions(run)
     if neurons is not None:
@@ -385,8 +414,9 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
         else {"r2": neurons.r2, "slope": neurons.slope, "layers": neurons.by_layer()},
         "reconstruction": measured.reconstruction,
         "steps": steps,
-        "seconds": seconds,
+        "seconds": seconds + elsewhere,
         "ms_per_step": 1e3 * seconds / max(steps, 1),
+        "starts": chosen_start(run.folder),
         **_trained_where(run, trained_here),
         "seed": config.seed,
     }

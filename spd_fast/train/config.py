@@ -38,6 +38,7 @@ __all__ = [
     "MinimalityConfig",
     "ResidMLPTarget",
     "RunConfig",
+    "StartsConfig",
     "TMSTarget",
     "TokenData",
     "TrainConfig",
@@ -201,9 +202,18 @@ class RunConfig(TrainConfig):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class StartsConfig(Strict):
+    """``count`` starts do the first ``fraction`` of the steps, each with a seed of its own; the one
+    with the lowest loss is continued."""
+
+    count: Count = 1
+    fraction: Annotated[float, NUMBER, Field(gt=0, lt=1)] = 0.25
+
+
 class Config(RunConfig):
     """A run on a network with known mechanisms."""
 
+    starts: StartsConfig = StartsConfig()
     target: Annotated[TMSTarget | ResidMLPTarget, Field(discriminator="kind")]
 
 

@@ -91,28 +91,30 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         named: list[dict[str, Any]] = [{"params": group} for group in groups]
         return torch.optim.AdamW(named, lr=lr, weight_decay=weight_decay, fused=True)
 
-    def fit(self) -> None:
-        """Train from ``self.step`` to the end, with metrics and checkpoints on the way.
+    def fit(self, until: int | None = None, label: str = "decompose") -> None:
+        """Train from ``self.step`` to step ``until`` (the last one by default), with metrics and
+        checkpoints on the way; ``label`` names the progress.
 
         Raises:
             Diverged: a loss became NaN or infinite (names it and the step).
         """
         config = self.config
+        end = config.steps if until is None else min(until, config.steps)
         if self.step == 0:
             self.warm_up()
         window = time.perf_counter(), self.step
-        with Progress("decompose", config.steps, self.step, quiet=self.quiet) as progress:
-            while self.step < config.steps:
+        with Progress(label, end, self.step, quiet=self.quiet) as progress:
+            while self.step < end:
                 losses, step = self.train_step(self.step)
                 self.step += 1
-                if self.step % config.log_every == 0 or self.step == config.steps:
+                if self.step % config.log_every == 0 or self.step == end:
                     now = time.perf_counter()
                     ms = 1e3 * (now - window[0]) / (self.step - window[1])
                     progress.update(self.step, self.log(losses, step, ms))
                     window = time.perf_counter(), self.step
                 else:
                     progress.update(self.step)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                if self.step % config.checkpoint_every == 0 or self.step == end:
                     self.save()
 
     def warm_up(self) -> None:

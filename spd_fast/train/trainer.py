@@ -181,6 +181,18 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
             **shared,
         )
 
+    def fresh_loss(self, batches: int = 16) -> float:
+        """Σ coefficient · loss of the next step, as a mean over batches that no step trains on.
+        Persistent sources, which belong to the training's own steps, are left out."""
+        config, total = self.config, 0.0
+        for i in range(config.steps, config.steps + batches):
+            piece = pieces(self.batches(i), 1)[0]
+            step = self.forwards(self.step, piece, make_key(config.seed, i, self.device))
+            for name, coefficient in self.coefficients.items():
+                if coefficient > 0 and name != PERSISTENT:
+                    total += coefficient * float(self._loss(name, step).detach())
+        return total / batches
+
     def _of_whole_batch(self, index: int, cut: list[Piece], only: Step | None) -> dict[str, Any]:
         """What a loss needs to know of the whole batch before any piece's backward: the penalty
         sums of a frequency term, and adversarial sources that all samples share."""
