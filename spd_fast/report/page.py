@@ -356,6 +356,16 @@ def _environment(facts: Facts) -> list[tuple[str, str]]:
     return rows
 
 
+def _starts(evaluation: dict[str, Any]) -> str:
+    """How many starts there were, and the loss of each after its part of the steps."""
+    record = evaluation.get("starts")
+    if record is None:
+        return ""
+    losses = ["diverged" if loss is None else f"{loss:.3g}" for loss in record["losses"]]
+    losses[record["chosen"]] += " (continued)"
+    return f", the one of lowest loss among {count(len(losses), 'start')}: {', '.join(losses)}"
+
+
 def _target_line(facts: Facts) -> str:
     target = facts.config.target
     if isinstance(target, TMSTarget):
@@ -412,6 +422,7 @@ def write_report(run: Run) -> Path:
         "apd": isinstance(config, APDConfig),
         "name": config.name,
         "seed": config.seed,
+        "starts": _starts(evaluation),
         "verdict": verdict(evaluation),
         "target": _target_line(facts),
         "config": config,

@@ -1,7 +1,8 @@
 """How far may a hyperparameter be off? (The paper, §4: SPD's forgive more than APD's.)
 
 SPD's importance coefficient and learning rate, APD's top-k and Schatten coefficient, each alone,
-over two decades around its published value. Both methods train on the same number of samples.
+over two decades around its published value. Both methods train on the same number of samples, from
+one start.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def plan(quick: bool, seeds: Sequence[int]) -> Plan:
                         "multiplier": multiplier, "value": value, "seed": seed,
                     }  # fmt: skip
                     changes = [f"steps={steps}", f"seed={seed}"]
+                    changes += ["starts.count=1"] if method == "SPD" else []
                     changes += [f"{key}={value:.6e}"] if multiplier != 1 else []
                     config = configuration(set_keys(data, changes))
                     folder = f"{method}-{network}-{what}-seed{seed}"

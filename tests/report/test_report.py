@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -224,6 +225,19 @@ def test_bare_folder_is_reported_and_foreign_text_escaped(
     assert "nothing was logged" in text
     assert "<b>" not in text
     assert "&lt;b&gt;&amp;reference" in text
+
+
+def test_the_page_tells_of_the_starts(runs: dict[str, Run], tmp_path: Path) -> None:
+    source = runs["resid_mlp2"]
+    folder = Path(shutil.copytree(source.folder, tmp_path / "run"))
+    held = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    held["starts"] = {"chosen": 2, "losses": [0.00205, None, 0.001494]}
+    (folder / "eval.json").write_text(json.dumps(held), encoding="utf-8")
+    write_report(Run(folder, source.config, source.model))
+    told = "among 3 starts: 0.00205, diverged, 0.00149 (continued)"
+    for name in ("report.html", "README.md"):
+        assert told in (folder / name).read_text(encoding="utf-8")
+        assert "among" not in (source.folder / name).read_text(encoding="utf-8")
 
 
 def test_report_needs_an_evaluation(runs: dict[str, Run], tmp_path: Path) -> None:
