@@ -5,6 +5,7 @@
 // backward 2 + 13 + 11 (density) + 10. Bytes an element of [N, C]: forward writes h and g (8), backward reads h and the
 // gradients (12), so the gate is bound by arithmetic at any useful hidden width.
 
+
 // Rows whose hidden values and slopes are kept between the two passes of the backward.
 constexpr int64_t kGateRows = 128;
 
@@ -106,10 +107,13 @@ static T write_importances(const Gate<T>& gate, const T* s_rows, Rows r, T* lowe
 template <class T>
 static T gate_strip_forward(const Gate<T>& gate, int64_t c, const T* h, Rows r, T* lower) {
   constexpr int64_t lanes = Lanes<T>::count;
-  alignas(64) T s_rows[kBlock];
+  alignas(64) T s_rows[kBlock], s_points[kBlock + lanes], packed[kBlock + lanes];
+  const Points<T> points = find_points(h, r.padded, packed);
+  T* s = points.shared ? s_points : s_rows;
   int64_t n = 0;
-  for (; n + 4 * lanes <= r.padded; n += 4 * lanes) gate_logits<T, 4>(gate, c, h + n, s_rows + n);
-  for (; n < r.padded; n += lanes) gate_logits<T, 1>(gate, c, h + n, s_rows + n);
+  for (; n + 4 * lanes <= points.count; n += 4 * lanes) gate_logits<T, 4>(gate, c, points.h + n, s + n);
+  for (; n < points.count; n += lanes) gate_logits<T, 1>(gate, c, points.h + n, s + n);
+  if (points.shared) spread_points(points, s_points, h, r.padded, s_rows);
   return write_importances(gate, s_rows, r, lower);
 }
 
@@ -257,53 +261,59 @@ static void gate_strip_backward(const Gate<T>& gate, int64_t c, const T* h, cons
   const Int lane = iota<T>();
   const T* w = gate.w_in + c * hidden;
   const T* o = gate.w_out + c * hidden;
-  alignas(64) T s_rows[kGateRows];
+  // Logits, then their gradients, by row and by point; d the derivative of s by h.
+  constexpr int64_t size = kGateRows + Lanes<T>::count;
+  alignas(64) T s_rows[size], s_points[size], d_rows[size], d_points[size], packed[size];
   Vec sum_b_out{}, sum_linear{};
 
   for (int64_t n0 = 0; n0 < r.padded; n0 += kGateRows) {
     const int64_t here = smaller(kGateRows, r.padded - n0);
     const T* x = h + n0;
+    const Points<T> points = hidden > 0 ? find_points(x, here, packed) : Points<T>{x, here, 0, false};
+    T* s = points.shared ? s_points : s_rows;
+    T* d = points.shared ? d_points : d_rows;
     int64_t n = 0;
     if (hidden == 0) {
-      for (; n < here; n += lanes) gate_logits<T, 1>(gate, c, x + n, s_rows + n);
+      for (; n < here; n += lanes) gate_logits<T, 1>(gate, c, x + n, s + n);
     } else {
-      for (; n + 2 * lanes <= here; n += 2 * lanes)
-        gate_backward_values<T, 2>(gate, c, x + n, values + n, slopes + n, s_rows + n);
-      for (; n < here; n += lanes)
-        gate_backward_values<T, 1>(gate, c, x + n, values + n, slopes + n, s_rows + n);
+      for (; n + 2 * lanes <= points.count; n += 2 * lanes)
+        gate_backward_values<T, 2>(gate, c, points.h + n, values + n, slopes + n, s + n);
+      for (; n < points.count; n += lanes)
+        gate_backward_values<T, 1>(gate, c, points.h + n, values + n, slopes + n, s + n);
     }
-    // s_rows becomes the gradient of s.
+    if (points.shared) spread_points(points, s_points, x, here, s_rows);
     for (n = 0; n < here; n += lanes) {
-      const Vec incoming_g = grad_lower ? load<Vec>(grad_lower + n0 + n) : Vec{};
-      Vec s_bar = logit_gradient(gate, load<Vec>(s_rows + n), incoming_g, penalty_bar);
+      const Vec incoming = grad_lower ? load<Vec>(grad_lower + n0 + n) : Vec{};
+      Vec s_bar = logit_gradient(gate, load<Vec>(s_rows + n), incoming, penalty_bar);
       s_bar = lane < typename Lanes<T>::Scalar(r.count - n0 - n) ? s_bar : Vec{};
       sum_b_out += s_bar;
+      if (hidden == 0) sum_linear = mul_add(s_bar, load<Vec>(x + n), sum_linear);
       store(s_rows + n, s_bar);
-      const Vec incoming = grad_inner ? load<Vec>(grad_inner + n0 + n) : Vec{};
-      if (hidden == 0) {
-        sum_linear = mul_add(s_bar, load<Vec>(x + n), sum_linear);
-        store(h_bar + n0 + n, mul_add(s_bar, splat<Vec>(gate.w_out[c]), incoming));
-      } else {
-        store(h_bar + n0 + n, incoming);
-      }
     }
+    if (points.shared) gather_points(points, s_rows, x, here, s_points);
+    for (n = 0; n < points.count; n += lanes) store(d + n, splat<Vec>(hidden == 0 ? gate.w_out[c] : T(0)));
     for (int64_t j = 0; j < hidden; ++j) {
       T* acc_j = acc + 3 * j * lanes;
       Vec a_out = load<Vec>(acc_j), a_bias = load<Vec>(acc_j + lanes), a_in = load<Vec>(acc_j + 2 * lanes);
       const Vec ow = splat<Vec>(o[j] * w[j]);
       const T* value = values + j * kGateRows;
       const T* slope = slopes + j * kGateRows;
-      for (n = 0; n < here; n += lanes) {
-        const Vec s_bar = load<Vec>(s_rows + n);
-        const Vec z_bar = s_bar * load<Vec>(slope + n);  // without the factor o_j
+      for (n = 0; n < points.count; n += lanes) {
+        const Vec s_bar = load<Vec>(s + n), slope_n = load<Vec>(slope + n);
+        const Vec z_bar = s_bar * slope_n;  // without the factor o_j
         a_out = mul_add(s_bar, load<Vec>(value + n), a_out);
         a_bias += z_bar;
-        a_in = mul_add(z_bar, load<Vec>(x + n), a_in);
-        store(h_bar + n0 + n, mul_add(z_bar, ow, load<Vec>(h_bar + n0 + n)));
+        a_in = mul_add(z_bar, load<Vec>(points.h + n), a_in);
+        store(d + n, mul_add(slope_n, ow, load<Vec>(d + n)));
       }
       store(acc_j, a_out);
       store(acc_j + lanes, a_bias);
       store(acc_j + 2 * lanes, a_in);
+    }
+    if (points.shared) spread_points(points, d_points, x, here, d_rows);
+    for (n = 0; n < here; n += lanes) {
+      const Vec incoming = grad_inner ? load<Vec>(grad_inner + n0 + n) : Vec{};
+      store(h_bar + n0 + n, mul_add(load<Vec>(s_rows + n), load<Vec>(d_rows + n), incoming));
     }
   }
   sums.b_out[0] += sum_lanes(sum_b_out);

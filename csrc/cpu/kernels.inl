@@ -37,6 +37,8 @@ static int64_t component_chunk(int64_t rows, int64_t components) {
   return smaller(round_up(components, kGroup), wanted);
 }
 
+#include "points.inl"
+
 #include "gate.inl"
 
 #include "gate_interpolated.inl"

@@ -127,6 +127,55 @@ SPD_HD void transpose_quads(VecF r[4]) {
 }
 #endif
 
+// Writes the lanes that are kept to `out` one after the other, and something after them up to a whole vector; returns
+// how many.
+template <class T>
+SPD_HD int64_t pack_lanes(T* out, typename Lanes<T>::Vec v, typename Lanes<T>::Int keep) {
+#if SPD_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 mask = _mm512_test_epi32_mask((__m512i)keep, (__m512i)keep);
+    store(out, (VecF)_mm512_maskz_compress_ps(mask, (__m512)v));
+    return __builtin_popcount(mask);
+  } else
+#endif
+  {
+    int64_t count = 0;
+    for (int i = 0; i < Lanes<T>::count; ++i) {
+      out[count] = v[i];
+      count += keep[i] != 0;
+    }
+    return count;
+  }
+}
+
+template <class T>
+struct SpreadLanes {
+  typename Lanes<T>::Vec values;
+  int64_t taken;
+};
+
+// The opposite: the values at `in`, one after the other, in the lanes that are wanted; the other lanes hold anything. A
+// whole vector is read.
+template <class T>
+SPD_HD SpreadLanes<T> spread_lanes(const T* in, typename Lanes<T>::Int want) {
+#if SPD_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 mask = _mm512_test_epi32_mask((__m512i)want, (__m512i)want);
+    const __m512 values = (__m512)load<VecF>(in);
+    return {(VecF)_mm512_maskz_expand_ps(mask, values), __builtin_popcount(mask)};
+  } else
+#endif
+  {
+    typename Lanes<T>::Vec v{};
+    int64_t count = 0;
+    for (int i = 0; i < Lanes<T>::count; ++i) {
+      v[i] = in[count];
+      count += want[i] != 0;
+    }
+    return {v, count};
+  }
+}
+
 SPD_HD VecF absolute(VecF a) { return (VecF)((VecI32)a & 0x7fffffff); }
 
 // The lanes added pairwise, in a fixed order.

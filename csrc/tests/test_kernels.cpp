@@ -195,9 +195,12 @@ struct Shape {
 };
 
 template <class T>
-void test_gate(const std::string& name, int path, Shape n, spd::Sigmoid sigmoid, spd::Penalty penalty, double power) {
+void test_gate(const std::string& name, int path, Shape n, spd::Sigmoid sigmoid, spd::Penalty penalty, double power,
+               bool sparse = false) {
   const int64_t N = n.rows, D = n.d_in, C = n.components, H = n.hidden, O = std::max<int64_t>(H, 1);
   auto x = normal<T>(N * D), V = normal<T>(D * C, 1 / std::sqrt(double(D)));
+  for (int64_t r = 0; sparse && r < N; ++r)
+    if (r % 5 != 2) std::fill_n(x.begin() + r * D, D, T(0));
   auto w_in = normal<T>(C * H), b_in = normal<T>(C * H, 0.5), w_out = normal<T>(C * O, 1 / std::sqrt(double(O)));
   auto b_out = normal<T>(C, 0.5);
   auto grad_inner = normal<T>(N * C), grad_lower = normal<T>(N * C), grad_penalty = normal<T>(C);
@@ -569,6 +572,7 @@ void test_kernels(const std::string& isa) {
       test_gate<T>(at_shape + " 2026 lp 0.9", path, n, spd::Sigmoid::preset2026, spd::Penalty::lp, 0.9);
       test_gate<T>(at_shape + " paper smooth_l0", path, n, spd::Sigmoid::paper, spd::Penalty::smooth_l0, 0.5);
       test_gate<T>(at_shape + " 2026 none", path, n, spd::Sigmoid::preset2026, spd::Penalty::none, 1);
+      test_gate<T>(at_shape + " sparse", path, n, spd::Sigmoid::paper, spd::Penalty::lp, 2, true);
       if (n.hidden > 0) test_interpolated_gate<T>(at_shape + " interpolated", path, n);
       for (const Recipe& k : recipes) test_linear<T>(at_shape + " recipe " + k.text(), path, n, k);
       test_faithfulness<T>(at_shape + " faithfulness", n);

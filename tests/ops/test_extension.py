@@ -233,6 +233,38 @@ def test_gate(shape, hidden, sigmoid, penalty, power, dtype, path, isa):
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", [0, 1, 16])
+@pytest.mark.parametrize("zeros", [0.3, 0.8, 1.0])
+def test_gate_of_inputs_that_are_often_zero(zeros, hidden, dtype, path, isa):
+    options = ("paper", "lp", 2.0, 1e-12)
+    exact = gate_tensors(700, 5, 20, hidden)
+    exact["x"][torch.rand(700, generator=torch.Generator().manual_seed(0)) < zeros] = 0
+    tensors = {k: v.to(dtype) for k, v in exact.items()}
+    shapes = [(700, 20), (700, 20), (20,)]
+    grads = [random(7 + i, *shape).to(dtype) for i, shape in enumerate(shapes)]
+    oracle = run_gate(
+        {k: v.double() for k, v in tensors.items()}, [g.double() for g in grads], options, False
+    )
+    eager = run_gate(tensors, grads, options, False)
+    fused = run_gate(tensors, grads, options, True)
+    for name, got, other, truth in zip(
+        ("inner", "lower", "penalty"), fused[0], eager[0], oracle[0], strict=True
+    ):
+        assert_close(name, got, other.detach(), truth.detach())
+    for name, got, other, truth in zip(exact, fused[1], eager[1], oracle[1], strict=True):
+        assert_close(f"grad_{name}", got, other, truth)
+
+
+def test_gate_keeps_a_nan_among_zeros(isa):
+    tensors = gate_tensors(300, 5, 20, 16)
+    tensors["x"][1:] = 0
+    tensors["x"][0] = float("nan")
+    _, lower, _ = _C.gate_forward(*tensors.values(), "paper", "lp", 1.0, 1e-12)
+    assert lower[0].isnan().all()
+    assert lower[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)))
 def test_gate_backward_with_absent_gradients(given, path):
     options = ("paper", "lp", 2.0, 1e-12)
