@@ -66,6 +66,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         self.model, self.config, self.batches, self.out = model, config, batches, out
         self.quiet = quiet
         self.step = 0
+        self._looked_at = 0  # the last step known to have gone well
         self.coefficients = losses.coefficients()
         self.optimizer = self._adamw(self.groups(), config.lr, 0.0)
         parameter = next(model.parameters())
@@ -96,9 +97,11 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         checkpoints on the way; ``label`` names the progress.
 
         Raises:
-            Diverged: a loss became NaN or infinite (names it and the step).
+            Diverged: a loss became NaN or infinite (names it and the step at which it is noticed:
+                the host sees the losses of every ``log_every``-th step only).
         """
         config = self.config
+        self._looked_at = self.step
         end = config.steps if until is None else min(until, config.steps)
         if self.step == 0:
             self.warm_up()
@@ -148,10 +151,11 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             if not math.isfinite(value):
                 where = self.unsound(step)
                 raise Diverged(
-                    f"loss {name!r} is {value} at step {self.step}"
+                    f"loss {name!r} is {value}{self._noticed()}"
                     f"{'' if where is None else f' ({where})'}; try a lower lr "
                     f"({self.config.lr} now); checkpoints before it are kept"
                 )
+        self._looked_at = self.step
         statistics = self.statistics(step)
         record = {
             "step": self.step,
@@ -167,6 +171,13 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
                 f.write(json.dumps(record) + "\n")
         l0 = sum(statistics["l0"].values())
         return f"loss {values['total']:.3e}  L0 {l0:.2f}  {ms:.1f} ms/step"
+
+    def _noticed(self) -> str:
+        """When something went wrong, as far as that is known without looking at every step."""
+        first = self._looked_at + 1
+        if first >= self.step:
+            return f" at step {self.step}"
+        return f", noticed at step {self.step} (it began at one of steps {first} to {self.step})"
 
     def _run_id(self) -> str:
         """Identifies what a checkpoint belongs to: everything that shapes the training."""
@@ -191,9 +202,10 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 raise Diverged(
-                    f"parameter {name!r} is not finite at step {self.step}; try a lower lr "
+                    f"parameter {name!r} is not finite{self._noticed()}; try a lower lr "
                     f"({self.config.lr} now); checkpoints before it are kept"
                 )
+        self._looked_at = self.step
         optimizer = {
             f"{index}.{name}": value.contiguous()
             for index, state in self.optimizer.state_dict()["state"].items()

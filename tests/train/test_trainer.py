@@ -288,9 +288,17 @@ def test_a_loss_that_is_not_finite_is_not_in_the_metrics(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 7))
 
 
+def test_a_loss_seen_late_says_between_which_steps_it_began(tmp_path):
+    run = trainer(tmp_path, batches=poisoned(6), log_every=5)
+    began = r"loss .* is nan, noticed at step 10 \(it began at one of steps 6 to 10\)"
+    with pytest.raises(Diverged, match=began):
+        run.fit()
+
+
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     run = trainer(tmp_path, batches=poisoned(7), log_every=12, checkpoint_every=3)
-    with pytest.raises(Diverged, match=r"parameter .* is not finite at step 9; .*lower lr"):
+    began = r"parameter .* is not finite, noticed at step 9 \(it began at one of steps 7 to 9\)"
+    with pytest.raises(Diverged, match=began):
         run.fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_3", "step_6"]
 
