@@ -288,8 +288,8 @@ def test_a_loss_that_is_not_finite_is_not_in_the_metrics(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 7))
 
 
-def test_a_loss_seen_late_says_between_which_steps_it_began(tmp_path):
-    run = trainer(tmp_path, batches=poisoned(6), log_every=5)
+def test_a_loss_seen_late_says_between_which_steps_it_began():
+    run = trainer(batches=poisoned(6), log_every=5)
     began = r"loss .* is nan, noticed at step 10 \(it began at one of steps 6 to 10\)"
     with pytest.raises(Diverged, match=began):
         run.fit()
