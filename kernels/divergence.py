@@ -92,6 +92,7 @@ def kl_kernel(q, q_row, p, p_row, loss, lse_q, lse_p, width, BLOCK: tl.constexpr
     sum_q = tl.zeros((BLOCK,), tl.float32)
     sum_p = tl.zeros((BLOCK,), tl.float32)
     # Σ e^{p − max_p} ((p − max_p) − (q − max_q)): from the maxima, so that offsets cost no digits.
+    # p = −∞ adds nothing, whatever q is; q = −∞ below another p makes it ∞, as it makes the KL.
     cross = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -102,11 +103,13 @@ def kl_kernel(q, q_row, p, p_row, loss, lse_q, lse_p, width, BLOCK: tl.constexpr
         # A lane that has seen only −inf keeps zero sums instead of ∞ − ∞.
         moved_q = tl.where(max_q > float("-inf"), max_q - new_q, 0.0)
         moved_p = tl.where(max_p > float("-inf"), max_p - new_p, 0.0)
-        down_q = tl.where(vq > float("-inf"), vq - new_q, -200.0)
-        down_p = tl.where(vp > float("-inf"), vp - new_p, -200.0)
+        # Asked for equality, because a NaN has to come through.
+        down_q = tl.where(vq == float("-inf"), vq, vq - new_q)
+        down_p = tl.where(vp == float("-inf"), vp, vp - new_p)
         weight = tl.exp(down_p)
         scale = tl.exp(moved_p)
-        cross = scale * (cross + sum_p * (moved_p - moved_q)) + weight * (down_p - down_q)
+        term = tl.where(vp == float("-inf"), 0.0, weight * (down_p - down_q))
+        cross = scale * (cross + sum_p * (moved_p - moved_q)) + term
         sum_p = sum_p * scale + weight
         sum_q = sum_q * tl.exp(moved_q) + tl.exp(down_q)
         max_q, max_p = new_q, new_p

@@ -126,7 +126,10 @@ def mse_divergence(prediction: Tensor, target: Tensor, *, backend: str | None = 
 def kl_divergence(prediction: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean over positions of KL(softmax(target) ‖ softmax(prediction)), in nats, in float32.
 
-    Both are logits [..., vocabulary]; returns a scalar, 0 when there are no positions.
+    Both are logits [..., vocabulary]; returns a scalar, 0 when there are no positions. −∞ in the
+    prediction alone makes it ∞. A row with a NaN or ∞, or with nothing but −∞, has no softmax: the
+    value and that row's gradient are NaN. Where the target is −∞, torch's passes make it NaN too,
+    the Triton kernel counts 0 log 0 = 0.
     """
     _check(prediction, target)
     chosen = _backend(backend, prediction, target)

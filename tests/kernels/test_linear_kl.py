@@ -58,3 +58,31 @@ def test_inputs_are_not_written_to():
     before = {k: v.clone() for k, v in t.items()}
     linear_kl(t["prediction"].requires_grad_(), t["target"], t["head"], t["bias"]).backward()
     assert all(torch.equal(t[k].detach(), before[k]) for k in t)
+
+
+@pytest.mark.parametrize("chunk", [40, 2**20])
+def test_a_nan_is_torchs_value_and_gradient(chunk, monkeypatch):
+    from spd_fast.kernels import linear_kl as kernels
+
+    monkeypatch.setattr(kernels, "LOGITS", chunk)
+    t = {k: v.float() for k, v in cases.make_inputs((7,), 5, 19).items()}
+    t["prediction"][4, 1] = torch.nan
+    found = []
+    for backend in ("triton", "reference"):
+        x = t["prediction"].clone().requires_grad_()
+        loss = linear_kl(x, t["target"], t["head"], t["bias"], backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    torch.testing.assert_close(*found, equal_nan=True)
+    assert found[0][0].isnan()
+    assert found[0][1].isnan().any(1).tolist() == [row == 4 for row in range(7)]
+
+
+def test_a_class_that_the_heads_bias_rules_out_takes_no_part():
+    t = {k: v.float() for k, v in cases.make_inputs((7,), 5, 19).items()}
+    x = t["prediction"].requires_grad_()
+    expected = linear_kl(x, t["target"], t["head"][:18], t["bias"][:18], backend="reference")
+    (expected_grad,) = torch.autograd.grad(expected, x)
+    t["bias"][18] = -torch.inf
+    loss = linear_kl(x, t["target"], t["head"], t["bias"])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected_grad)
