@@ -2,12 +2,15 @@
 
 Arithmetic is 2 · C · d_in · d_out flops against 4 · d_in · d_out bytes a trip: above C = 370 the
 trips cost less than 1 % of an fp32 product, so a kernel of its own would only save two launches.
+An active autocast has no say: the sum of squares of a small Δ would lose its digits in bf16.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from spd_fast.kernels.product import as_given
 
 
 def _residual(V: Tensor, U: Tensor, weight: Tensor) -> Tensor:
@@ -16,11 +19,13 @@ def _residual(V: Tensor, U: Tensor, weight: Tensor) -> Tensor:
 
 
 def faithfulness_forward(V: Tensor, U: Tensor, weight: Tensor) -> Tensor:
-    return _residual(V, U, weight).square_().sum()
+    with as_given(V):
+        return _residual(V, U, weight).square_().sum()
 
 
 def faithfulness_backward(
     grad: Tensor, V: Tensor, U: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    residual = _residual(V, U, weight) * (-2 * grad)
-    return residual @ U.t(), V.t() @ residual
+    with as_given(V):
+        residual = _residual(V, U, weight) * (-2 * grad)
+        return residual @ U.t(), V.t() @ residual

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,26 +53,66 @@ def precision(tensor: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def as_given(tensor: Tensor) -> AbstractContextManager[None]:
+    """Products in the dtype of their operands, whatever an active autocast asks for."""
+    kind = tensor.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _works(product: Callable[[], Tensor], expected: Tensor) -> bool:
+    try:
+        return torch.equal(product(), expected)
+    except (RuntimeError, TypeError):
+        return False
+
+
+class Widening(NamedTuple):
+    """Which products of half-precision matrices torch gives, or adds to a sum, in fp32."""
+
+    mm: bool
+    addmm: bool
+
+
 @functools.cache
-def _has_out_dtype() -> bool:
-    return hasattr(torch.ops.aten.addmm, "dtype")
+def probe(device: torch.device, dtype: torch.dtype) -> Widening:
+    """Found by trying: versions from 2.8 on know ``out_dtype``, by device and not all for a sum."""
+    a = torch.full((16, 16), 1 + 2**-7, device=device).to(dtype)
+    total = torch.full((16, 16), 2**-10, device=device)
+    product = torch.full((16, 16), 16 * (1 + 2**-7) ** 2, device=device)  # exact in fp32 alone
+    return Widening(
+        _works(lambda: torch.mm(a, a, out_dtype=torch.float32), product),
+        _works(lambda: torch.addmm(total, a, a, out_dtype=torch.float32), total + product),
+    )
+
+
+def widening(like: Tensor) -> Widening:
+    # What is found by trying has to be read back, which a stream that records a graph cannot do.
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return Widening(False, False)
+    return probe(like.device, like.dtype)
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """A B with fp32 accumulation, in ``dtype``; into ``out`` of the operands' dtype if given."""
-    if dtype == a.dtype:
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if a.is_cuda and _has_out_dtype():
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    with as_given(a):
+        if dtype == a.dtype:
+            return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        if widening(a).mm:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.mm(a, b).to(dtype)
 
 
 def addmm(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + A B in ``dtype``; a first call without total is the product alone."""
+    """total + A B in ``dtype``, into ``total`` where it likes; a first call without total is the
+    product alone."""
     if total is None:
         return mm(a, b, dtype)
-    if dtype == a.dtype:
-        return torch.addmm(total, a, b)
-    if a.is_cuda and _has_out_dtype():
-        return torch.addmm(total, a, b, out_dtype=dtype)
-    return total.add_(torch.mm(a, b))
+    with as_given(a):
+        if dtype == a.dtype:
+            return torch.addmm(total, a, b)
+        found = widening(a)
+        if found.addmm:
+            return torch.addmm(total, a, b, out_dtype=dtype)
+        return total.add_(torch.mm(a, b, out_dtype=dtype) if found.mm else torch.mm(a, b))

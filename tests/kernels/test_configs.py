@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.checks import error, normal
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("triton_ops")
 
@@ -128,6 +130,74 @@ def test_tf32_only_where_torch_is_asked_for_it(setting, operands, monkeypatch):
         torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=setting == "tf32")
     )
     assert configs.operand_class(fp32) == operands
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """A torch whose products take ``out_dtype`` as said; lists the calls that did."""
+    from spd_fast.kernels import product
+
+    widened = []
+
+    def known(name, works):
+        plain = getattr(torch, name)
+
+        def call(*args, out_dtype=None):
+            if out_dtype is None:
+                return plain(*args)
+            if not works:
+                raise NotImplementedError(f"aten::{name}.dtype")
+            widened.append(name)
+            return plain(*(t.to(out_dtype) for t in args))
+
+        monkeypatch.setattr(torch, name, call)
+
+    def version(mm, addmm):
+        known("mm", mm), known("addmm", addmm)
+        product.probe.cache_clear()
+        found = product.probe(torch.device("cpu"), torch.bfloat16)
+        monkeypatch.setattr(product, "widening", lambda _: found)
+        widened.clear()
+        return found
+
+    yield SimpleNamespace(version=version, widened=widened)
+    product.probe.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("mm", "addmm", "widened"),
+    [(True, True, ["mm", "addmm"]), (True, False, ["mm", "mm"]), (False, False, [])],
+)  # fmt: skip
+def test_a_sum_in_fp32_is_made_with_what_torch_has(mm, addmm, widened, found):
+    from spd_fast.kernels import product
+
+    assert found.version(mm, addmm) == (mm, addmm)
+    a, b = normal(1, 9, 33).bfloat16(), normal(2, 33, 7).bfloat16()
+    exact = a.double() @ b.double()
+    first = product.mm(a, b, torch.float32)
+    total = product.addmm(first.clone(), a, b, torch.float32)
+    assert (first.dtype, total.dtype, found.widened) == (torch.float32, torch.float32, widened)
+    # Where a product passes through bf16 it is half of a step of that off.
+    allowed = 1e-6 if mm else 2**-9
+    assert error(first, exact) <= allowed
+    assert error(total, 2 * exact) <= allowed
+
+
+def test_a_product_that_is_wrong_in_fp32_is_not_used(monkeypatch):
+    from spd_fast.kernels import product
+
+    def wrong(*args, out_dtype):
+        return torch.zeros(16, 16, dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "mm", wrong)
+    monkeypatch.setattr(torch, "addmm", wrong)
+    assert product.probe.__wrapped__(torch.device("cpu"), torch.bfloat16) == (False, False)
+
+
+def test_this_torch_is_probed_without_an_error():
+    from spd_fast.kernels import product
+
+    assert product.probe.__wrapped__(torch.device("cpu"), torch.bfloat16) == (False, False)
 
 
 def test_every_launch_turns_fp_fusion_off_and_passes_its_configuration(triton_ops):
