@@ -1,5 +1,5 @@
-"""GPU benchmark: one layer (gate and masked sum) and a toy training step, against eager and
-torch.compile of the reference.
+"""GPU benchmark: layers (gate and masked sum), the operations beside them and a toy training step,
+against eager and torch.compile of the reference.
 
     python -m bench.gpu --predict     the predictions of docs/kernels.md; needs no GPU
     python -m bench.gpu               measures, writes bench/results/gpu.csv, gpu_kernels.csv and
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_operations import OPERATIONS, OperationWork
 from bench.registry import GPU, Bar, OperationWorkload, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,14 @@ class Work:
         s = self.shape
         return 2.0 * s.N * s.C * (s.d_in + s.d_out) * (3 if backward else 1)
 
+    def step(self, backend: str, device: str, compiled: bool = False) -> Callable[[bool], None]:
+        return step_of(self, backend, device, compiled)
+
+    def product_of(self, a: Any, b: Any) -> str:
+        from bench import gpu_trace
+
+        return gpu_trace.site_products(self.shape.d_in, self.shape.d_out)(a, b)
+
 
 def _registered(name: str, registered: str) -> Work:
     workload = GPU[registered]
@@ -73,7 +82,9 @@ def seconds(moved: float, flops: float, instructions: float) -> float:
     return max(moved / BANDWIDTH, flops / MATRIX_RATE, instructions / LANE_RATE)
 
 
-def step_of(work: Work, backend: str, device: str, compiled: bool = False) -> Callable[..., None]:
+def step_of(
+    work: Work, backend: str, device: str, compiled: bool = False
+) -> Callable[[bool], None]:
     """The layer's forward, or forward and backward, on inputs made here."""
     import torch
 
@@ -133,26 +144,61 @@ class Prediction:
                 f"{self.gflop:.4g}", f"{self.ms:.3g}")  # fmt: skip
 
 
-def _summed(work: Work, calls: list[Any]) -> list[Prediction]:
+def _summed(workload: str, calls: list[Any]) -> list[Prediction]:
     rows = []
     for name in dict.fromkeys(call.name for call in calls):
         same = [call for call in calls if call.name == name]
         ms = 1e3 * sum(seconds(c.bytes, c.flops, c.instructions) for c in same)
         mb, gflop = sum(c.bytes for c in same) / 1e6, sum(c.flops for c in same) / 1e9
-        rows.append(Prediction(work.name, name, len(same), mb, gflop, ms))
+        rows.append(Prediction(workload, name, len(same), mb, gflop, ms))
     return rows
 
 
-def predicted(work: Work) -> tuple[list[Prediction], float]:
+def _recorded(work: Work | OperationWork, run: bool) -> Any:
+    """Records the launches of ``work``; of an embedding those of torch's own too."""
+    from bench import gpu_trace
+
+    library = None
+    if isinstance(work, OperationWork) and work.name == "embedding":
+        library = gpu_trace.Library([], work.launch_of, run)
+    return gpu_trace.recorded(work.product_of, run, library)
+
+
+def predicted(work: Work | OperationWork) -> tuple[list[Prediction], float]:
     """The kernels of a forward and backward, and the MB that it adds to its inputs."""
     from bench import gpu_trace
 
-    s = work.shape
-    with gpu_trace.simulated(), gpu_trace.recorded(s.d_in, s.d_out, run=False) as calls:
-        step = step_of(work, "triton", "meta")
-        with gpu_trace.Memory() as memory:
+    with gpu_trace.simulated():
+        step = work.step("triton", "meta")
+        with _recorded(work, run=False) as calls, gpu_trace.Memory() as memory:
             step(True)
-    return _summed(work, calls), memory.peak / 1e6
+    return _summed(work.name, calls), memory.peak / 1e6
+
+
+def _torchs(operation: str) -> str:
+    """The row of a launch of torch's own in a training step."""
+    return "AdamW" if "adamw" in operation else "torch's own passes"
+
+
+def _recorded_step(run: bool) -> Any:
+    from bench import gpu_trace
+
+    library = gpu_trace.Library([], _torchs, run)
+    return gpu_trace.recorded(lambda *_: "products", run, library)
+
+
+def predicted_step() -> list[Prediction]:
+    """Every launch of a toy's training step, in fp32, from the batch to the new parameters."""
+    from bench import gpu_trace
+    from bench.problems import step_trainer
+
+    with gpu_trace.simulated():
+        # Its tensors are small: on a CPU, with the kernels left out, they cost nothing either.
+        trainer = step_trainer(TOY, "triton")
+        batch = trainer.batches(0)
+        with _recorded_step(run=False) as calls:
+            trainer.update(batch)
+    return _summed(STEP, calls)
 
 
 def eager_memory(work: Work) -> float:
@@ -193,11 +239,18 @@ def predict() -> str:
     """Two tables in Markdown: every kernel's time at every workload; memory."""
     lines = [HEADER, "|---" * 7 + "|"]
     memory = [MEMORY_HEADER, "|---" * 5 + "|"]
+
+    def add(workload: str, rows: list[Prediction]) -> None:
+        lines.extend(f"| {' | '.join(row.cells())} | |" for row in rows)
+        total = sum(row.ms for row in rows)
+        lines.append(f"| {workload} | **sum** | | | | **{total:.3g}** | |")
+
+    for operation in OPERATIONS:
+        add(operation.name, predicted(operation)[0])
+    add(STEP, predicted_step())
     for work in WORKLOADS:
         rows, extra = predicted(work)
-        lines += [f"| {' | '.join(row.cells())} | |" for row in rows]
-        total = sum(row.ms for row in rows)
-        lines.append(f"| {work.name} | **sum** | | | | **{total:.3g}** | |")
+        add(work.name, rows)
         eager = eager_memory(work)
         memory.append(f"| {work.name} | {eager:.4g} | {extra:.4g} | 1/{eager / extra:.3g} | |")
     return "\n".join([*lines, "", *memory])
@@ -240,7 +293,7 @@ def fill(
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant of one workload; milliseconds None where it ran out of memory."""
+    """One variant of one workload; milliseconds None where it failed, ``failure`` says how."""
 
     workload: str
     variant: str
@@ -249,6 +302,7 @@ class Measurement:
     extra_mb: float | None = None
     tflops: float | None = None
     share_of_peak: float | None = None
+    failure: str = ""
 
 
 VARIANTS = (("eager", "reference", False), ("torch.compile", "reference", True),
@@ -291,27 +345,51 @@ def _ceilings() -> tuple[float, float]:
     return 2 * 8192**3 / products, 2 * source.numel() / copies
 
 
-def _layer(work: Work, backward: bool, peak: float) -> list[Measurement]:
+def _attempt(function: Callable[[], None]) -> str:
+    """How ``function`` failed, in a few words; "" where it did not."""
+    import torch
+
+    try:
+        function()
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # a compiler may raise anything, and that is its row's result
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:160]}".rstrip(": ")
+    return ""
+
+
+def _variants(work: Work | OperationWork, backward: bool, peak: float) -> list[Measurement]:
+    """Every variant of ``work``; one that fails has a row that says so, and a line."""
     import torch
 
     passes = "fwd+bwd" if backward else "fwd"
-    results: list[Measurement] = []
+    failures: dict[str, str] = {}
     steps: dict[str, Callable[[bool], None]] = {}
+    samples: dict[str, list[tuple[float, float]]] = {}
+
+    def start(name: str, backend: str, compiled: bool) -> None:
+        steps[name] = work.step(backend, DEVICE, compiled)
+        for _ in range(3):
+            steps[name](backward)
+
+    def attempt(name: str, function: Callable[[], None]) -> None:
+        if failure := _attempt(function):
+            steps.pop(name, None)
+            samples.pop(name, None)
+            failures[name] = failure
+            print(f"{work.name}, {name}, {passes}: not measured, {failure}", flush=True)
+
     for name, backend, compiled in VARIANTS:
         if compiled and not work.compiled:
             continue
-        try:
-            steps[name] = step_of(work, backend, "cuda", compiled)
-            for _ in range(3):
-                steps[name](backward)
-        except torch.OutOfMemoryError:
-            steps.pop(name, None)
-            results.append(Measurement(work.name, name, passes, None))
+        samples[name] = []
+        attempt(name, lambda n=name, b=backend, c=compiled: start(n, b, c))  # type: ignore[misc]
         torch.cuda.empty_cache()
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
-        for name, step in steps.items():
-            samples[name].append(_timed(step, backward))
+        for name, step in list(steps.items()):
+            attempt(name, lambda n=name, s=step: samples[n].append(_timed(s, backward)))  # type: ignore[misc]
+    results = [Measurement(work.name, n, passes, None, failure=f) for n, f in failures.items()]
     for name, pairs in samples.items():
         ms = statistics.median(p[0] for p in pairs)
         rate = work.product_flops(backward) / (1e-3 * ms)
@@ -320,29 +398,44 @@ def _layer(work: Work, backward: bool, peak: float) -> list[Measurement]:
     return results
 
 
-def _kernels(work: Work) -> dict[tuple[str, str], float]:
-    """Milliseconds of every kernel in a forward and backward: the median of some runs."""
+def _medians(
+    workload: str, record: Callable[[], Any], step: Callable[[], object]
+) -> dict[tuple[str, str], float]:
+    """Milliseconds of every row of ``workload``: the median of some runs of ``step``."""
     import torch
 
-    from bench import gpu_trace
-
-    s = work.shape
-    step = step_of(work, "triton", "cuda")
-    step(True)
+    step()
     runs: dict[str, list[float]] = {}
     for _ in range(7):
-        with gpu_trace.recorded(s.d_in, s.d_out, run=True) as calls:
-            step(True)
+        with record() as calls:
+            step()
         torch.cuda.synchronize()
         for name in dict.fromkeys(c.name for c in calls):
             total = sum(c.milliseconds for c in calls if c.name == name)
             runs.setdefault(name, []).append(total)
-    times = {(work.name, name): statistics.median(values) for name, values in runs.items()}
-    times[work.name, "**sum**"] = sum(times.values())
+    times = {(workload, name): statistics.median(values) for name, values in runs.items()}
+    times[workload, "**sum**"] = sum(times.values())
     return times
 
 
+def _kernels(work: Work | OperationWork) -> dict[tuple[str, str], float]:
+    """Milliseconds of every kernel in a forward and backward."""
+    step = work.step("triton", DEVICE)
+    return _medians(work.name, lambda: _recorded(work, run=True), lambda: step(True))
+
+
+DEVICE = "cuda"
 TOY = "tms_5-2"
+STEP = f"step {TOY}"
+
+
+def _step_kernels() -> dict[tuple[str, str], float]:
+    """Milliseconds of every launch of a toy's step that is not recorded as a graph."""
+    from bench.problems import step_trainer
+
+    trainer = step_trainer(TOY, "triton", device=DEVICE)
+    batch = trainer.batches(0)
+    return _medians(STEP, lambda: _recorded_step(run=True), lambda: trainer.update(batch))
 
 
 def _toy_steps() -> list[Measurement]:
@@ -357,15 +450,14 @@ def _toy_steps() -> list[Measurement]:
             trainer.step += 1
 
     trainers = {
-        "eager": step_trainer(TOY, "reference", device="cuda"),
-        "spd_fast": step_trainer(TOY, "triton", device="cuda"),
-        "spd_fast, captured": step_trainer(TOY, "triton", device="cuda"),
+        "eager": step_trainer(TOY, "reference", device=DEVICE),
+        "spd_fast": step_trainer(TOY, "triton", device=DEVICE),
+        "spd_fast, captured": step_trainer(TOY, "triton", device=DEVICE),
     }
     for name, trainer in trainers.items():
         if name != "spd_fast, captured":
             trainer.graph = None
         steps(trainer)
-    results = []
     samples: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(ROUNDS):
         for name, trainer in trainers.items():
@@ -374,9 +466,7 @@ def _toy_steps() -> list[Measurement]:
             steps(trainer)
             torch.cuda.synchronize()
             samples[name].append(1e3 * (time.perf_counter() - started) / 20)
-    for name, values in samples.items():
-        results.append(Measurement(f"step {TOY}", name, "step", statistics.median(values)))
-    return results
+    return [Measurement(STEP, n, "step", statistics.median(v)) for n, v in samples.items()]
 
 
 def verdicts(results: list[Measurement]) -> list[str]:
@@ -406,11 +496,9 @@ def verdicts(results: list[Measurement]) -> list[str]:
             elif bar.quantity == "share_of_peak" and own:
                 value = own.share_of_peak
             lines.append(_verdict(work.name, bar, value))
-    toy = by.get((f"step {TOY}", "spd_fast, captured", "step"))
+    toy = by.get((STEP, "spd_fast, captured", "step"))
     for bar in GPU[f"gpu-{TOY}"].bars:
-        lines.append(
-            _verdict(f"step {TOY}", bar, ratio(by.get((f"step {TOY}", "eager", "step")), toy))
-        )
+        lines.append(_verdict(STEP, bar, ratio(by.get((STEP, "eager", "step")), toy)))
     return lines
 
 
@@ -427,9 +515,9 @@ def write(results: list[Measurement], where: dict[str, str], path: Path) -> None
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for result in results:
-            cells = {k: "out of memory" if k == "ms" and v is None else _cell(v)
-                     for k, v in vars(result).items()}  # fmt: skip
-            writer.writerow({**cells, **where})
+            cells = {k: _cell(v) for k, v in vars(result).items()}
+            failure = cells.pop("failure")
+            writer.writerow({**cells, "ms": failure or cells["ms"], **where})
 
 
 def _cell(value: object) -> str:
@@ -456,22 +544,28 @@ def measure(out: Path, page: Path, minutes: float) -> None:
     deadline = time.monotonic() + 60 * minutes
     peak, copies = _ceilings()
     where = _where(peak, copies)
-    results, times = [], {}
-    try:
-        results += _toy_steps()
-    except ModuleNotFoundError as error:
-        print(f"step {TOY}: not measured, {error.name} is not installed")
-    for work in WORKLOADS:
+    results: list[Measurement] = []
+    times: dict[tuple[str, str], float] = {}
+
+    def toy() -> None:
+        results.extend(_toy_steps())
+        times.update(_step_kernels())
+
+    if failure := _attempt(toy):
+        print(f"{STEP}: not measured, {failure}", flush=True)
+    for work in (*WORKLOADS, *OPERATIONS):
         for backward in (True, False):
             if time.monotonic() > deadline:
                 print(
                     f"{work.name}, {'fwd+bwd' if backward else 'fwd'}: no time left, not measured"
                 )
                 continue
-            results += _layer(work, backward, peak)
+            results += _variants(work, backward, peak)
             write(results, where, out)
         if time.monotonic() < deadline:
-            times.update(_kernels(work))
+            failure = _attempt(lambda w=work: times.update(_kernels(w)))  # type: ignore[misc]
+            if failure:
+                print(f"{work.name}, its kernels: not measured, {failure}", flush=True)
     memory = {r.workload: r.extra_mb for r in results
               if r.variant == "spd_fast" and r.passes == "fwd+bwd" and r.extra_mb}  # fmt: skip
     filled = fill(page.read_text(encoding="utf-8"), times, memory, where)

@@ -1,5 +1,5 @@
-"""What the Triton backend launches for one layer: calls with bytes, flops and instructions, and the
-memory that is alive between them.
+"""What the Triton backend launches: calls with bytes, flops and instructions, and the memory that
+is alive between them.
 
 On meta tensors no kernel runs but every launcher does, at its real sizes: which regime, how many
 chunks, which buffers. So predictions need no GPU and cannot drift from the code. On a GPU the same
@@ -22,15 +22,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spd_fast import backends
-from spd_fast.kernels import component_linear, gate, primitives, product, random
+from spd_fast.kernels import (
+    component_linear,
+    divergence,
+    embedding_inner,
+    gate,
+    importances,
+    linear_kl,
+    primitives,
+    product,
+    random,
+)
 from spd_fast.ops import _fused
 
-__all__ = ["Call", "Memory", "recorded", "simulated"]
+__all__ = ["Call", "Library", "Memory", "recorded", "simulated", "site_products"]
 
 # Lane instructions, counted in the kernels' source: of a gate's neuron forward; backward, which
 # evaluates the tail twice and adds to three accumulators; of an element's random number and mask.
 GATE_FORWARD, GATE_BACKWARD = 19, 48
 MASK_FORWARD, MASK_BACKWARD = 25, 30
+# Of a logit's sigmoids and penalty; of a squared difference; of an element of the KL and of its
+# gradient: four and two exponentials, of which a multiprocessor makes 16 a clock (8 instructions).
+IMPORTANCES, SQUARED_ERROR, KL_FORWARD, KL_BACKWARD = 10, 4, 32, 16
 
 
 @dataclass
@@ -107,12 +120,52 @@ def _small_forward(a: dict[str, Any]) -> Call:
     return Call("whole layer forward", moved, flops, MASK_FORWARD * n)
 
 
+def _importances(a: dict[str, Any]) -> Call:
+    n, size = a["N"] * a["C"], a["logits"].element_size()
+    if "lower" in a:
+        moved = 2 * size * n + (4 * a["partial"].numel() if a["PENALTY"] else 0)
+        return Call("importances forward", moved, 0.0, IMPORTANCES * n)
+    # Without a gradient of g a single zero stands for it.
+    read = n if a["grad_lower"].stride(0) else 0
+    return Call("importances backward", size * (2 * n + read), 0.0, IMPORTANCES * n)
+
+
+def _embedding_backward(a: dict[str, Any]) -> Call:
+    grad, written = a["grad"], a["table_bar"].numel()
+    moved = grad.element_size() * grad.numel() + 4 * written
+    moved += 8 * (a["order"].numel() + a["starts"].numel())
+    return Call("embedding gradient", moved, 0.0, grad.numel())
+
+
+def _squared_error(a: dict[str, Any]) -> Call:
+    size, backward = a["a"].element_size(), "out" in a
+    moved = size * a["size"] * (3 if backward else 2)
+    name = "squared error " + ("backward" if backward else "forward")
+    return Call(name, moved, 0.0, SQUARED_ERROR * a["size"])
+
+
+def _kl(a: dict[str, Any]) -> Call:
+    q, backward = a["q"], "out" in a
+    rows = a["lse_q"].numel()
+    n = rows * a["width"]
+    moved = q.element_size() * n * (3 if backward else 2) + (8 if backward else 12) * rows
+    name = "KL " + ("backward" if backward else "forward")
+    return Call(name, moved, 0.0, (KL_BACKWARD if backward else KL_FORWARD) * n)
+
+
 COSTS: dict[str, Callable[[dict[str, Any]], Call]] = {
     "gate_forward_kernel": _gate_forward,
     "gate_backward_kernel": _gate_backward,
     "mask_forward_kernel": _mask_forward,
     "mask_backward_kernel": _mask_backward,
     "small_forward_kernel": _small_forward,
+    "importances_forward_kernel": _importances,
+    "importances_backward_kernel": _importances,
+    "embedding_backward_kernel": _embedding_backward,
+    "squared_error_kernel": _squared_error,
+    "squared_error_backward_kernel": _squared_error,
+    "kl_kernel": _kl,
+    "kl_backward_kernel": _kl,
     "uniform_column_kernel": lambda a: Call("δ", 4 * a["N"], 0.0, 80 * a["N"]),
 }
 
@@ -123,43 +176,99 @@ def _launched(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> 
     return COSTS[kernel.__name__]({**named, **(config.blocks if config else {}), **constants})
 
 
-def _product_name(a: Tensor, b: Tensor, depths: tuple[int, int]) -> str:
+def site_products(d_in: int, d_out: int) -> Callable[[Tensor, Tensor], str]:
     """Which of a site's products A B is, by its sizes and by what is a transposed view."""
-    if a.stride(1) != 1:
-        # A chunk of components may be as wide as d_in: the right operand tells.
-        return "aᵀ ȳ" if b.shape[1] == depths[1] else "xᵀ h̄"
-    transposed = b.stride(1) != 1
-    if a.shape[1] in depths:
-        return "ȳ Uᵀ" if transposed else "x V"
-    return "h̄ Vᵀ" if transposed else "a U"
+
+    def name(a: Tensor, b: Tensor) -> str:
+        if a.stride(1) != 1:
+            # A chunk of components may be as wide as d_in: the right operand tells.
+            return "aᵀ ȳ" if b.shape[1] == d_out else "xᵀ h̄"
+        transposed = b.stride(1) != 1
+        if a.shape[1] in (d_in, d_out):
+            return "ȳ Uᵀ" if transposed else "x V"
+        return "h̄ Vᵀ" if transposed else "a U"
+
+    return name
+
+
+def _between(call: Call, function: Callable[[], Any]) -> Any:
+    """``function`` between two device events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = function()
+    end.record()
+    call.events = start, end
+    return result
+
+
+# Operations of torch that make a view, or a tensor without contents: no launch.
+_NOTHING = (
+    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias",
+    "view", "_unsafe_view", "expand", "t", "as_strided", "lift_fresh", "_reshape_alias",
+)  # fmt: skip
+
+
+class Library(TorchDispatchMode):
+    """Every launch of torch's own inside the block, by the name that ``name`` gives an operation
+    and its arguments; each moves its arguments and its results once.
+
+    What :func:`recorded` records as a product in the same block is not recorded again."""
+
+    def __init__(self, calls: list[Call], name: Callable[[str], str], run: bool) -> None:
+        super().__init__()
+        self.calls, self.name, self.run = calls, name, run
+        self.quiet = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def compute() -> Any:
+            return function(*args, **(kwargs or {}))
+
+        operation = function.overloadpacket.__name__
+        if self.quiet or function.is_view or operation in _NOTHING:
+            return compute()
+        call = Call(self.name(operation), 0.0)
+        self.calls.append(call)
+        result = _between(call, compute) if self.run else compute()
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if operation == "index_select":  # the rows that it takes, not the table
+            given = [*made, args[2]]
+        call.bytes = sum(t.numel() * t.element_size() for t in (*given, *made))
+        if operation in ("mm", "addmm"):
+            a = given[-2]
+            call.flops = 2.0 * a.numel() * made[0].shape[1]
+        return result
 
 
 @contextmanager
-def recorded(d_in: int, d_out: int, run: bool) -> Iterator[list[Call]]:
-    """Calls of the gate and of the masked sum, in their order. ``run``: on a GPU, between device
-    events; else the kernels among them are left out and the tensors are meta ones."""
-    calls: list[Call] = []
+def recorded(
+    product_of: Callable[[Tensor, Tensor], str], run: bool, library: Library | None = None
+) -> Iterator[list[Call]]:
+    """Calls of the kernels and of the products around them, in their order, the latter by the name
+    that ``product_of`` gives their operands. ``run``: on a GPU, between device events; else the
+    kernels among them are left out and the tensors hold nothing. ``library``: records the rest."""
+    calls: list[Call] = [] if library is None else library.calls
 
-    def between(call: Call, function: Callable[[], Any]) -> Any:
-        if not run:
-            return function()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = function()
-        end.record()
-        call.events = start, end
-        return result
+    @contextmanager
+    def known() -> Iterator[None]:
+        if library is not None:
+            library.quiet = True
+        yield
+        if library is not None:
+            library.quiet = False
 
     def launch(original: Callable[..., None]) -> Callable[..., None]:
         def recording(kernel: Any, like: Tensor, grid: Any, *args: Any, **constants: Any) -> None:
             call = _launched(kernel, args, dict(constants))
             calls.append(call)
             if run:
-                between(call, lambda: original(kernel, like, grid, *args, **constants))
+                _between(call, lambda: original(kernel, like, grid, *args, **constants))
 
         return recording
 
-    def library(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def products(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         signature = inspect.signature(original)
 
         def recording(*args: Any) -> Tensor:
@@ -169,27 +278,31 @@ def recorded(d_in: int, d_out: int, run: bool) -> Iterator[list[Call]]:
             moved = sum(t.numel() * t.element_size() for t in read)
             moved += a.shape[0] * b.shape[1] * given["dtype"].itemsize
             flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
-            call = Call(_product_name(a, b, (d_in, d_out)), moved, flops)
+            call = Call(product_of(a, b), moved, flops)
             calls.append(call)
-            return between(call, lambda: original(*args))
+            with known():
+                return _between(call, lambda: original(*args)) if run else original(*args)
 
         return recording
 
     with ExitStack() as stack:
-        for module in (gate, component_linear, random):
+        for module in (gate, component_linear, random, importances, embedding_inner, divergence):
             stack.enter_context(mock.patch.object(module, "launch", launch(module.launch)))
-        for module in (gate, component_linear):
+        for module in (gate, component_linear, linear_kl):
             for name in ("mm", "addmm"):
-                wrapped = library(getattr(product, name))
+                wrapped = products(getattr(product, name))
                 stack.enter_context(mock.patch.object(module, name, wrapped))
+        if library is not None:
+            stack.enter_context(library)
         yield calls
 
 
 @contextmanager
 def simulated() -> Iterator[None]:
-    """The public operations computed by the Triton launchers on meta tensors."""
+    """The public operations computed by the Triton launchers on tensors that are on no GPU."""
     with ExitStack() as stack:
         for module, name, patch in (
+            (_fused, "GPU_DEVICES", ("cuda", "cpu", "meta")),
             (backends, "resolve", lambda backend, *_: backend),
             (_fused, "load", lambda _: None),
             (_fused, "kernel", lambda name, _: primitives.TABLE[name]),

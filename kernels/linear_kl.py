@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spd_fast.kernels.divergence import kl_forward, kl_gradient
-from spd_fast.kernels.product import mm
+from spd_fast.kernels.product import addmm, mm
 
 # Logits that exist at a time, in elements: 128 MiB in bf16 for each of the two sides.
 LOGITS = 2**26
@@ -37,7 +37,7 @@ def linear_kl_forward(
     scale = torch.full((), 1 / max(N, 1), device=prediction.device)
 
     def logits(rows: Tensor) -> Tensor:
-        return rows @ W.t() if b is None else torch.addmm(b, rows, W.t())
+        return addmm(b, rows, W.t(), W.dtype)
 
     for first in range(0, N, size):
         part = slice(first, first + size)

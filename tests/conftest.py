@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
-from hypothesis import settings
 
 from spd_fast import _extension
 
-# The same examples every time: a failure found here is found everywhere.
-settings.register_profile("fixed", deadline=None, max_examples=40, derandomize=True, database=None)
-settings.load_profile("fixed")
+# A GPU machine runs the tests of its kernels, none of which needs hypothesis.
+with suppress(ModuleNotFoundError):
+    from hypothesis import settings
+
+    # The same examples every time: a failure found here is found everywhere.
+    settings.register_profile(
+        "fixed", deadline=None, max_examples=40, derandomize=True, database=None
+    )
+    settings.load_profile("fixed")
 
 needs_extension = pytest.mark.skipif(
     _extension.module() is None, reason=str(_extension.unavailable_reason())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_live_memory_is_what_tensors_hold():
 
 def test_a_small_layer_is_two_launches_forward():
     work = gpu.Work("toy", Shape(64, 5, 2, 20))
-    with gpu_trace.simulated(), gpu_trace.recorded(5, 2, run=False) as calls:
+    with gpu_trace.simulated(), gpu_trace.recorded(work.product_of, run=False) as calls:
         gpu.step_of(work, "triton", "meta")(False)
     assert [call.name for call in calls] == ["gate forward with x V", "whole layer forward"]
 
@@ -100,7 +101,7 @@ def test_a_large_layer_reads_and_writes_chunks(monkeypatch):
     monkeypatch.setattr(regimes, "CHUNK_ELEMENTS", 64 * 128)
     monkeypatch.setattr(regimes, "SMALL_PRODUCTS", 0)
     work = gpu.Work("chunked", Shape(64, 32, 48, 300))
-    with gpu_trace.simulated(), gpu_trace.recorded(32, 48, run=False) as calls:
+    with gpu_trace.simulated(), gpu_trace.recorded(work.product_of, run=False) as calls:
         gpu.step_of(work, "triton", "meta")(False)
     names = [call.name for call in calls]
     assert names == ["gate forward with x V", *["mask forward", "a U"] * 3]
@@ -151,18 +152,62 @@ def test_filling_the_page_says_where_it_was_measured():
     assert gpu.MEASURED in (gpu.ROOT / "docs/kernels.md").read_text(encoding="utf-8")
 
 
-def test_the_documented_predictions_are_those_of_the_code():
+def test_every_operation_and_the_toy_step_have_a_row_for_each_kernel(predictions):
+    rows: dict[str, list[str]] = {}
+    for line in predictions:
+        if line.startswith("| "):
+            workload, kernel, *_ = line.strip("| ").split(" | ")
+            rows.setdefault(workload, []).append(kernel)
+    assert rows["importances"] == ["importances forward", "importances backward", "**sum**"]
+    assert rows["embedding"] == [
+        "embedding gather", "sort by token", "embedding gradient", "rounding", "**sum**",
+    ]  # fmt: skip
+    assert rows["squared_error"] == [
+        "squared error forward", "squared error backward", "**sum**",
+    ]  # fmt: skip
+    assert rows["kl"] == ["KL forward", "KL backward", "**sum**"]
+    assert rows["linear_kl"] == [
+        "x Wᵀ, t Wᵀ", "KL forward", "KL backward", "(Q − P) W", "**sum**",
+    ]  # fmt: skip
+    assert {"gate forward with x V", "squared error forward", "AdamW", "torch's own passes"} < set(
+        rows[gpu.STEP]
+    )
+
+
+def test_an_operation_moves_what_its_formula_says():
+    from bench import gpu_operations as sizes
+
+    found = {
+        row.kernel: row for work in gpu.OPERATIONS for row in gpu.predicted(work)[0]
+    }  # fmt: skip
+    logits = sizes.N * sizes.VOCABULARY
+    assert found["KL forward"].mb == pytest.approx(4 * logits / 1e6, rel=1e-3)
+    assert found["KL backward"].mb == pytest.approx(6 * logits / 1e6, rel=1e-3)
+    assert found["(Q − P) W"].gflop == pytest.approx(2 * logits * sizes.D_MODEL / 1e9)
+    of_importances = sizes.N * sizes.C
+    assert found["importances backward"].mb == pytest.approx(6 * of_importances / 1e6, rel=1e-3)
+    table = 4 * sizes.VOCABULARY * 1024
+    read = 2 * sizes.N * 1024 + 8 * (sizes.N + sizes.VOCABULARY + 1)
+    assert found["embedding gradient"].mb == pytest.approx((table + read) / 1e6)
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    return gpu.predict().splitlines()
+
+
+def test_the_documented_predictions_are_those_of_the_code(predictions):
     page = (gpu.ROOT / "docs/kernels.md").read_text(encoding="utf-8")
     # Without what a GPU has filled in.
     blank = gpu.fill(page, {}, {})
-    for line in gpu.predict().splitlines():
+    for line in predictions:
         kept = line.rpartition("|")[0].rpartition("|")[0]
         assert kept in blank, line
 
 
 @pytest.mark.parametrize("work", ["mlp_in", "large_mlp", "wide_dictionary"])
-def test_every_product_of_a_layer_is_told_from_the_others(work):
-    names = {line.split(" | ")[1] for line in gpu.predict().splitlines() if f"| {work} |" in line}
+def test_every_product_of_a_layer_is_told_from_the_others(work, predictions):
+    names = {line.split(" | ")[1] for line in predictions if f"| {work} |" in line}
     assert {"a U", "ȳ Uᵀ", "aᵀ ȳ", "xᵀ h̄", "h̄ Vᵀ"} <= names
 
 
@@ -177,7 +222,8 @@ def results() -> list[gpu.Measurement]:
         *of("mlp_in", ("eager", 10, 3500, 0.1), ("torch.compile", 5, 900, 0.2),
             ("spd_fast", 2.5, 500, 0.4)),
         *of("large_mlp", ("spd_fast", 20, 2000, 0.7)),
-        gpu.Measurement("wide_dictionary", "eager", "fwd+bwd", None),
+        gpu.Measurement("wide_dictionary", "eager", "fwd+bwd", None, failure="out of memory"),
+        gpu.Measurement("kl", "torch.compile", "fwd+bwd", None, failure="InductorError: no"),
         gpu.Measurement("step tms_5-2", "eager", "step", 8.0),
         gpu.Measurement("step tms_5-2", "spd_fast, captured", "step", 0.4),
     ]  # fmt: skip
@@ -202,6 +248,7 @@ def test_the_table_names_the_machine_on_every_line_and_the_plots_are_drawn(tmp_p
     assert len(rows) == len(results())
     assert all(row[key] == value for row in rows for key, value in WHERE.items())
     assert next(r for r in rows if r["workload"] == "wide_dictionary")["ms"] == "out of memory"
+    assert set(rows[0]) == set(gpu.COLUMNS)
     assert rows[2]["ms"] == "2.5"
     for path in gpu_plot.draw(table, tmp_path):
         assert path.stat().st_size > 5000
@@ -213,3 +260,80 @@ def test_without_a_gpu_measuring_is_one_clear_line(capsys):
         gpu.main([])
     assert stopped.value.code == 2
     assert "torch sees no CUDA device to measure on; --predict" in capsys.readouterr().err
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU of meta tensors: launchers run and kernels do not; every call takes 2 ms and 3 MB."""
+
+    def timed(step, backward):
+        step(backward)
+        return 2.0, 3.0
+
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda _: 0.5)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "DEVICE", "meta")
+    monkeypatch.setattr(gpu, "_timed", timed)
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "_ceilings", lambda: (790e12, 4.3e12))
+    monkeypatch.setattr(gpu, "_where", lambda *_: WHERE)
+    for module in ("gate", "component_linear", "random", "importances", "embedding_inner",
+                   "divergence"):  # fmt: skip
+        monkeypatch.setattr(f"spd_fast.kernels.{module}.launch", lambda *_, **__: None)
+    with gpu_trace.simulated():
+        yield
+
+
+def test_a_variant_that_fails_loses_its_own_row_with_the_reason(device, monkeypatch, capsys):
+    def compile(function):
+        def run():
+            raise ValueError("no such graph\nmore")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    work = replace(gpu.Work("toy", Shape(64, 5, 2, 20)), compiled=True)
+    rows = {m.variant: m for m in gpu._variants(work, True, 790e12)}
+    assert {name: m.ms for name, m in rows.items()} == {
+        "eager": 2.0, "torch.compile": None, "spd_fast": 2.0,
+    }  # fmt: skip
+    assert rows["torch.compile"].failure == "ValueError: no such graph"
+    assert "toy, torch.compile, fwd+bwd: not measured, ValueError: no" in capsys.readouterr().out
+
+
+def test_a_variant_that_fails_between_others_leaves_them_their_times(device, monkeypatch):
+    calls = []
+
+    def timed(step, backward):
+        calls.append(step)
+        if len(calls) == 4:  # the second round's
+            raise torch.OutOfMemoryError
+        return 2.0, 3.0
+
+    monkeypatch.setattr(gpu, "_timed", timed)
+    rows = {m.variant: m for m in gpu._variants(gpu.Work("toy", Shape(64, 5, 2, 20)), False, 1e12)}
+    assert (rows["eager"].ms, rows["spd_fast"].failure) == (2.0, "out of memory")
+
+
+def test_a_whole_run_fills_table_page_and_bars(device, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    page = tmp_path / "kernels.md"
+    page.write_text((gpu.ROOT / "docs/kernels.md").read_text(encoding="utf-8"), encoding="utf-8")
+    gpu.measure(tmp_path / "gpu.csv", page, minutes=4)
+    with (tmp_path / "gpu.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = {work.name for work in (*gpu.WORKLOADS, *gpu.OPERATIONS)}
+    assert {r["workload"] for r in rows} == names
+    assert all(r["ms"] == "2" for r in rows)
+    empty = [
+        line for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and line.endswith("| |")
+    ]  # fmt: skip
+    # A training step needs a device that computes.
+    assert empty
+    assert all(line.startswith(f"| {gpu.STEP} |") for line in empty), empty
+    out = capsys.readouterr().out
+    assert f"{gpu.STEP}: not measured" in out
+    assert "large_mlp: share_of_peak ≥ 0.6:" in out
+    assert (tmp_path / "gpu_speed.png").exists()

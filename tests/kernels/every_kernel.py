@@ -7,6 +7,8 @@ The script that the sanitizer watches; ``run(device)`` is the same in the interp
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,20 @@ from spd_fast.ops import (
     make_key,
 )
 
-__all__ = ["run"]
+__all__ = ["DTYPES", "REGIMES", "SIZES", "SMALL_SIZES", "run"]
 
 
 SIZES = (70, 19, 132, 70, 300)
+SMALL_SIZES = (3, 2, 130, 2, 7)
+DTYPES = (torch.float32, torch.bfloat16)
+# Settings of spd_fast.kernels.regimes: as a shape has it; what a large one has, in several chunks
+# of components, with products in the kernels (bf16) or, whatever the depth, by the library.
+_LARGE = {"SMALL_PRODUCTS": 0, "CHUNK_ELEMENTS": 1, "NARROW_ELEMENTS": 1}
+REGIMES = {
+    "default": {},
+    "large": _LARGE,
+    "library": {**_LARGE, "IN_KERNEL_DEPTH": 0, "IN_KERNEL_DEPTH_DUAL": 0},
+}
 
 
 def run(
@@ -99,12 +111,12 @@ def run(
 def main() -> None:
     from spd_fast.kernels import regimes
 
-    for small in (regimes.SMALL_PRODUCTS, 0):  # 0: the masked sum as of a large problem
-        regimes.SMALL_PRODUCTS = small
-        for dtype in (torch.float32, torch.bfloat16):
-            total = run("cuda", dtype)
+    for name, settings in REGIMES.items():
+        for dtype in DTYPES:
+            with mock.patch.multiple(regimes, **settings):
+                total = run("cuda", dtype)
             torch.cuda.synchronize()
-            assert total.isfinite(), (small, dtype)
+            assert total.isfinite(), (name, dtype)
     print("every kernel ran")
 
 
