@@ -57,11 +57,12 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(64, 32), _tile(32, 64)),
     },
-    # By the hidden width: up to 16, 128 and beyond (gate.backward_class).
+    # By the hidden width: up to 16, 128, 512 and 1024 (gate.backward_class).
     "gate_backward": {
         "any": (_tile(32, 32), _tile(64, 16)),
         "wide": (_tile(64, 16),),
-        "widest": (_tile(64, 16, warps=8),),
+        "wider": (_tile(64, 16, warps=8),),
+        "widest": (_tile(64, 8, warps=8),),
     },
     "mask_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),

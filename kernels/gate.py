@@ -103,6 +103,22 @@ def gate_forward_counted(
     return inner, lower, sums.to(V.dtype), live
 
 
+def gate_counts(
+    x: Tensor, V: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    sigmoid: str, threshold: float,
+) -> Tensor:  # fmt: skip
+    """L0 counts [C] int64 over the rows of ``x``, of which a part is worked on at a time."""
+    C = V.shape[1]
+    total = torch.zeros(C, dtype=torch.int64, device=x.device)
+    for rows in x.split(max(regimes.CHUNK_ELEMENTS // max(C, 1), 128)):
+        counts = gate_forward_counted(
+            rows, V, w_in, b_in, w_out, b_out, sigmoid, "none", 1.0, 0.0, threshold
+        )[3]
+        assert counts is not None
+        total += counts
+    return total
+
+
 def gate_inner_forward(
     inner: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
     sigmoid: str, penalty: str, power: float, eps: float,
@@ -245,7 +261,10 @@ def backward_groups(N: int, count: int, block_n: int, block_c: int) -> tuple[int
 
 def backward_class(hidden: int) -> str:
     """Which configurations fit: PADDED · BLOCK_C sums of each kind are a program's registers."""
-    return "any" if hidden <= 16 else "wide" if hidden <= 128 else "widest"
+    for widest, name in ((16, "any"), (128, "wide"), (512, "wider"), (1024, "widest")):
+        if hidden <= widest:
+            return name
+    raise ValueError(f"a gate of {hidden} hidden neurons: the kernels take up to 1024")
 
 
 def _backward_chunk(

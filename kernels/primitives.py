@@ -8,6 +8,7 @@ from spd_fast.kernels.embedding_inner import embedding_backward, embedding_forwa
 from spd_fast.kernels.faithfulness import faithfulness_backward, faithfulness_forward
 from spd_fast.kernels.gate import (
     gate_backward,
+    gate_counts,
     gate_forward,
     gate_inner_backward,
     gate_inner_forward,
@@ -18,6 +19,7 @@ from spd_fast.kernels.linear_kl import linear_kl_forward
 TABLE = {
     "gate_forward": gate_forward,
     "gate_backward": gate_backward,
+    "gate_counts_forward": gate_counts,
     "gate_inner_forward": gate_inner_forward,
     "gate_inner_backward": gate_inner_backward,
     "component_linear_forward": component_linear_forward,

@@ -25,11 +25,11 @@ from spd_fast.kernels.configs import CONFIGS, Config
 _OPERANDS = {
     "mma": (("bf16", "ieee"), ("fp32", "tf32")),
     "ieee": (("fp32", "ieee"),),
-    **dict.fromkeys(("any", "wide", "widest"), (("bf16", "ieee"), ("fp32", "ieee"))),
+    **dict.fromkeys(("any", "wide", "wider", "widest"), (("bf16", "ieee"), ("fp32", "ieee"))),
 }
+_GATE_POINTERS = {"w_in", "b_in", "w_out", "b_out"}
 _FP32_POINTERS = {
-    "w_in", "b_in", "w_out", "b_out", "partial", "grad_sum", "delta", "d_bar", "lse_p", "lse_q",
-    "scale", "loss", "table_bar",
+    "partial", "grad_sum", "delta", "d_bar", "lse_p", "lse_q", "scale", "loss", "table_bar",
 }  # fmt: skip
 _INT32_POINTERS = {"counts"}
 _INT64_POINTERS = {"key", "order", "starts"}
@@ -49,6 +49,7 @@ class Case:
     constants: dict[str, Any]
     config: Config
     default: bool = True  # whether the configuration is what ships
+    gate: str = "fp32"  # element type of the gate's parameters
 
     def signature(self) -> tuple[dict[str, str], dict, dict]:
         """(types by name, constants by position, attributes by position) for ASTSource."""
@@ -69,6 +70,7 @@ class Case:
     def _type(self, name: str) -> str:
         for names, kind in ((_FP32_POINTERS, "*fp32"), (_INT32_POINTERS, "*i32"),
                             (_INT64_POINTERS, "*i64"), (_BYTE_POINTERS, "*u8"),
+                            (_GATE_POINTERS, f"*{self.gate}"),
                             (_FLOATS, "fp32"), (_PLAIN_INTS | _SCALARS, "i32")):  # fmt: skip
             if name in names:
                 return kind
@@ -77,7 +79,7 @@ class Case:
     def __str__(self) -> str:
         flags = ",".join(f"{k.lower()}={int(v) if not isinstance(v, str) else v}"
                          for k, v in self.constants.items())  # fmt: skip
-        return f"{self.element} {flags}"
+        return f"{self.element} {flags}" + (f",gate={self.gate}" if self.gate != "fp32" else "")
 
 
 def _each(name: str, kernel: Any, operands: str, *constant_sets: dict[str, Any]) -> Iterator[Case]:
@@ -110,6 +112,18 @@ _MODEL = {"WRITE_A": True, "WRITE_H": True, "WRITE_G": True, "WRITE_R": False, "
 _ADVERSARY = {**_MODEL, "WRITE_R": True, "WRITE_D": True}
 
 
+def _of_bf16_gates() -> Iterator[Case]:
+    """The shipped defaults for a whole model in bf16, its gates' parameters too."""
+    for operands, product in (("mma", True), ("any", False)):
+        config = CONFIGS["gate_forward"][operands][0]
+        yield Case("gate_forward", gate.gate_forward_kernel, "bf16",
+                   {**_GENERAL, "COUNT": True, "PRODUCT": product, "PRECISION": "ieee"},
+                   config if product else config.without_product(), gate="bf16")  # fmt: skip
+    config = CONFIGS["gate_backward"]["any"][0]
+    constants = {**_GENERAL, "GRAD_INNER": True, "GRAD_LOWER": True, "PADDED": _GENERAL["HIDDEN"]}
+    yield Case("gate_backward", gate.gate_backward_kernel, "bf16", constants, config, gate="bf16")
+
+
 def cases() -> Iterator[Case]:
     """Every shipped configuration with the specialisations that weigh most."""
     linear = component_linear
@@ -132,11 +146,12 @@ def cases() -> Iterator[Case]:
             {**_GIVEN, **products, **_ADVERSARY},
         )  # fmt: skip
     both = {"GRAD_INNER": True, "GRAD_LOWER": True}
-    for operands, hidden in (("any", 16), ("wide", 128), ("widest", 512)):
+    for operands, hidden in (("any", 16), ("wide", 128), ("wider", 512), ("widest", 1024)):
         wide = {**both, "HIDDEN": hidden, "PADDED": hidden}
         narrow = ({**_LINEAR, **both, "PADDED": 1}, {**_GATE, **wide}) if hidden == 16 else ()
         yield from _each("gate_backward", gate.gate_backward_kernel, operands, *narrow,
                          {**_GENERAL, **wide})  # fmt: skip
+    yield from _of_bf16_gates()
     for operands in ("mma", "ieee"):
         yield from _each(
             "small_forward", linear.small_forward_kernel, operands,

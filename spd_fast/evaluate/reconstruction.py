@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ def reconstruction(
 def importance_l0(model: DecomposedModel, batch: Any, threshold: float) -> dict[str, float]:
     """Site → mean number of components per position whose lower importance exceeds
     ``threshold``."""
-    importances = model.causal_importances(model.clean_forward(batch))
-    positions = max(importances.positions, 1)
-    return {n: ((s.lower > threshold).sum() / positions).item() for n, s in importances.items()}
+    clean = model.clean_forward(batch)
+    seen = (math.prod(s.positions(clean.inputs[n])) for n, s in model.sites.items())
+    positions = max(*seen, 1)
+    counts = model.active_counts(clean, threshold)
+    return {n: (c.sum() / positions).item() for n, c in counts.items()}

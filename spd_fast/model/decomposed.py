@@ -312,6 +312,29 @@ class DecomposedModel(SiteModel):
             }
         )
 
+    @torch.no_grad()
+    def active_counts(self, clean: CleanForward, threshold: float) -> dict[str, Tensor]:
+        """Site → [C]: at how many positions a component's lower importance exceeds ``threshold``.
+
+        Gates count while they compute; the importances of other functions are made whole.
+
+        Raises:
+            UserError: as of :meth:`causal_importances`.
+        """
+        whole = None if self.global_ci_fn is None else self.causal_importances(clean)
+        counts = {}
+        for name, site in self.sites.items():
+            network = self.ci_fns[_key(name)] if whole is None else None
+            if isinstance(network, MLPGate) and site.kind != "embedding":
+                counts[name] = ops.gate_counts(
+                    clean.inputs[name], self.V(name), network.weights, network.biases, threshold,
+                    sigmoid=self.sigmoid, gate_eval=self.gate_eval, backend=self.backend,
+                )  # fmt: skip
+                continue
+            known = self._local_importances(site, clean, None) if whole is None else whole[name]
+            counts[name] = (known.lower > threshold).flatten(0, -2).sum(0)
+        return counts
+
     def _inner(self, site: Site, x: Tensor) -> Tensor:
         """h [..., C] of a site's input."""
         if site.kind == "embedding":

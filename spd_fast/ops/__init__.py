@@ -6,6 +6,7 @@ from spd_fast.ops.divergence import divergence, kl_divergence, mse_divergence
 from spd_fast.ops.embedding_inner import embedding_inner
 from spd_fast.ops.faithfulness import faithfulness, weight_delta
 from spd_fast.ops.gate import GATE_EVALS, GateEval, GateOutput, gate, gate_logits
+from spd_fast.ops.gate_counts import gate_counts
 from spd_fast.ops.gate_inner import gate_inner
 from spd_fast.ops.importances import ImportancesOutput, importances
 from spd_fast.ops.layer import LayerOutput, layer
@@ -31,6 +32,7 @@ __all__ = [
     "embedding_inner",
     "faithfulness",
     "gate",
+    "gate_counts",
     "gate_inner",
     "gate_logits",
     "importances",

@@ -33,6 +33,7 @@ __all__ = [
     "GATE_EVALS",
     "GateEval",
     "GateOutput",
+    "check",
     "check_gate_eval",
     "check_layers",
     "fused_layers",
@@ -156,6 +157,8 @@ for _forward, _backward in _PRIMITIVES.values():
     )(_fake_backward)
 
 
+# Hidden neurons of the widest gate whose sums fit a GPU program's registers (kernels/gate.py).
+WIDEST_ON_GPU = 1024
 # Above this many elements a GPU's backward makes h again, chunk by chunk, instead of keeping it.
 STREAMED = 2**28
 
@@ -202,6 +205,9 @@ def unsupported(
         return f"it evaluates gates exactly, not {gate_eval!r}"
     if len(weights) > 2:
         return f"its gates have one hidden layer, not {len(weights) - 1}"
+    hidden = weights[-1].shape[1]
+    if backend == "triton" and hidden > WIDEST_ON_GPU:
+        return f"its gates have at most {WIDEST_ON_GPU} hidden neurons, not {hidden}"
     if sigmoid not in ("paper", "2026"):
         return f"its sigmoids are 'paper' and '2026', not {sigmoid!r}"
     return _fused.unsupported_dtype(backend, x)
@@ -232,6 +238,24 @@ def check_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], components
         raise ValueError(f"the gate's last layer must have one output, got {width}")
 
 
+def check(
+    x: Tensor,
+    V: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sigmoid: str,
+    gate_eval: str,
+) -> None:
+    """Raise where :func:`gate` takes no such arguments."""
+    check_sigmoid(sigmoid)
+    check_gate_eval(gate_eval)
+    if V.ndim != 2:
+        raise ValueError(f"V is {tuple(V.shape)}, need [d_in, C]")
+    if x.shape[-1] != V.shape[0]:
+        raise ValueError(f"V has d_in {V.shape[0]} but x has {x.shape[-1]} columns")
+    check_layers(weights, biases, V.shape[1])
+
+
 def gate(
     x: Tensor,
     V: Tensor,
@@ -256,14 +280,8 @@ def gate(
     Raises:
         ValueError: shapes that do not fit. UserError: unknown sigmoid, gate_eval or backend.
     """
-    check_sigmoid(sigmoid)
-    check_gate_eval(gate_eval)
-    if V.ndim != 2:
-        raise ValueError(f"V is {tuple(V.shape)}, need [d_in, C]")
-    if x.shape[-1] != V.shape[0]:
-        raise ValueError(f"V has d_in {V.shape[0]} but x has {x.shape[-1]} columns")
+    check(x, V, weights, biases, sigmoid, gate_eval)
     components = V.shape[1]
-    check_layers(weights, biases, components)
     penalty = penalty or Penalty()
     rows = x.reshape(-1, x.shape[-1])
     chosen = backends.resolve(

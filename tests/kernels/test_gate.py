@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spd_fast.ops import Penalty, gate
+from spd_fast.ops import Penalty, gate, gate_counts
 from tests.checks import LAYOUTS, assert_matches_oracle
 from tests.kernels.bf16 import assert_right_in_bf16
 from tests.ops import test_gate as cases
+from tests.ops import test_gate_counts
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
 
@@ -109,6 +110,43 @@ def test_recomputed_inner_activations_give_the_same_gradients(regime):
     again = gate_backward(*grads, t["x"], t["V"], None, *gate_tensors, *options)
     for a, b in zip(saved, again, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1, 2**26])
+@pytest.mark.parametrize("hidden", [(), (3,)])
+def test_the_operation_counts_in_the_kernel_a_part_of_the_rows_at_a_time(
+    hidden, chunk, regime, monkeypatch
+):
+    from spd_fast.kernels import gate as kernels
+    from spd_fast.kernels import regimes
+
+    monkeypatch.setattr(regimes, "CHUNK_ELEMENTS", chunk)
+    launched = []
+
+    def spy(*args, original=kernels.launch, **options):
+        launched.append(options["COUNT"])
+        original(*args, **options)
+
+    monkeypatch.setattr(kernels, "launch", spy)
+    given = test_gate_counts.arguments(200, 4, 35, hidden)
+    counts = gate_counts(*given, 0.1, sigmoid="2026", backend="triton")
+    assert launched == [True] * (1 if chunk > 1 else 2)
+    lower = gate(*given, sigmoid="2026", backend="triton").lower
+    assert torch.equal(counts, (lower > 0.1).sum(0))
+
+
+def test_the_widest_gates_fit_and_wider_ones_are_not_the_kernels():
+    from spd_fast.kernels.gate import backward_class
+    from spd_fast.ops.gate import WIDEST_ON_GPU, unsupported
+
+    assert backward_class(WIDEST_ON_GPU) == "widest"
+    with pytest.raises(ValueError, match="a gate of 1025 hidden neurons"):
+        backward_class(WIDEST_ON_GPU + 1)
+    x, weights = torch.ones(2, 3), [torch.ones(4, 1, 1025), torch.ones(4, 1025, 1)]
+    assert "at most 1024 hidden neurons, not 1025" in str(
+        unsupported("triton", x, weights, "paper")
+    )
+    assert unsupported("cpu", x, weights, "paper") is None
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 0)])
