@@ -1,6 +1,7 @@
 """Evaluation: weights, importances, reconstruction, and the ground truth of toy targets."""
 
 from spd_fast.evaluate.ground_truth import (
+    WIDER,
     Expected,
     dense_error,
     identity_error,
@@ -20,6 +21,7 @@ from spd_fast.evaluate.weights import (
 
 __all__ = [
     "MECHANISM_COSINE",
+    "WIDER",
     "Expected",
     "NeuronContributions",
     "WeightMatch",

@@ -150,6 +150,8 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
         return Verdict("open", "No known answer", "This network has no ground truth to check.")
     if evaluation["recovered"]:
         return Verdict("recovered", "Recovered", check)
+    if evaluation.get("recovered_0p2"):
+        check += " At a tolerance of 0.2 instead of 0.1, which the authors tell as well, none do."
     return Verdict("missed", "Not recovered", check)
 
 

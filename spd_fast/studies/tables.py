@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spd_fast.experiments import Outcome, aggregate, configuration, recipe
-from spd_fast.report.table import APD, PAPER, PAPER_APD, network_of
+from spd_fast.report.table import APD, PAPER, PAPER_APD, network_of, recovered_word
 from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
 from spd_fast.studies.scaling import METHODS, SERIES, slope
 from spd_fast.studies.sources import Sources
@@ -55,12 +55,6 @@ def _where(record: Mapping[str, Any]) -> str:
     return f"{machine}; torch {record['torch']}; {record['date'][:10]}"
 
 
-def _said(evaluation: Mapping[str, Any]) -> str:
-    if not evaluation["target_represents_all_features"]:
-        return "target incomplete"
-    return "yes" if evaluation["recovered"] else "no"
-
-
 def _pm(stats: Mapping[str, Any], digits: int) -> str:
     spread = "" if stats["std"] is None else f" ± {stats['std']:.{digits}f}"
     return f"{stats['mean']:.{digits}f}{spread}"
@@ -88,7 +82,7 @@ def table1(sources: Sources, method: str) -> str:
             )
             rows.append(
                 [
-                    name, str(seed), _said(evaluation), paper[0],
+                    name, str(seed), recovered_word(evaluation), paper[0],
                     f"{site['mmcs']:.4f} ± {site['mmcs_std']:.4f}", paper[1],
                     f"{site['ml2r']:.3f} ± {site['ml2r_std']:.3f}", live,
                     str(evaluation["steps"]), _where(record),
@@ -134,7 +128,7 @@ def residual_table(sources: Sources) -> str:
             neurons = evaluation["neuron_contributions"]
             rows.append(
                 [
-                    name, str(seed), _said(evaluation),
+                    name, str(seed), recovered_word(evaluation),
                     *(
                         f"{'+'.join(str(s['live_components']) for s in sites)}"
                         f" (errors {'+'.join(str(s['ci_error']) for s in sites)})"

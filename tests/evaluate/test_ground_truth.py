@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spd_fast.evaluate import (
+    WIDER,
     Expected,
     dense_error,
     identity_error,
@@ -133,6 +134,16 @@ def test_dense_columns_come_by_their_mass():
 
 def test_missing_dense_components_are_errors():
     assert dense_error(np.ones((4, 1)), 3) == 2
+
+
+def test_the_tolerance_moves_both_thresholds():
+    matrix = np.array([[0.85, 0.15], [0.25, 0.75]])
+    assert identity_error(matrix, 2) == 4
+    assert identity_error(matrix, 2, WIDER) == 2
+    assert dense_error(matrix, 1) == 3
+    assert dense_error(matrix, 1, WIDER) == 1
+    for pattern in (Expected("identity", 2), Expected("dense", 1)):
+        assert pattern.error(matrix, WIDER) < pattern.error(matrix)
 
 
 def test_live_components_exceed_a_tenth_somewhere():

@@ -14,12 +14,12 @@ from spd_fast.train import Config, parse_config, set_keys
 
 SMALL = [
     "steps=20", "batch_size=32", "log_every=8", "checkpoint_every=10",
-    "target.steps=20", "target.batch_size=32", "target.starts=1", "starts.count=1", "seed=2",
+    "target.steps=20", "target.batch_size=32", "target.starts=1", "seed=2",
 ]  # fmt: skip
 
 
 def small(*assignments: str, name: str = "tms_5-2") -> Config:
-    return parse_config(set_keys(recipe(name), [*SMALL, *assignments]))
+    return parse_config(set_keys(recipe(name), [*SMALL, "starts.count=1", *assignments]))
 
 
 @pytest.fixture(autouse=True, scope="session")

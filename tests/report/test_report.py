@@ -300,6 +300,13 @@ def test_verdict_missed_names_sites_and_entries() -> None:
     assert "Without contradiction: s0" in said.reason
 
 
+def test_verdict_tells_of_the_wider_tolerance() -> None:
+    wider = "At a tolerance of 0.2 instead of 0.1"
+    assert wider not in verdict(evaluation(0, 2)).reason
+    said = verdict(evaluation(0, 2) | {"recovered_0p2": True})
+    assert (said.kind, wider in said.reason) == ("missed", True)
+
+
 def test_verdict_over_many_sites_stays_short() -> None:
     reason = verdict(evaluation(0, 1, 5, 4, 3, 2, 6)).reason
     assert "21 entries over 6 of 7 sites, most of them at s6, s2, s3 and s4" in reason
@@ -365,6 +372,8 @@ def test_results_table_sets_an_incomplete_target_apart(runs: dict[str, Run]) -> 
     assert "target incomplete" in results_table([void])
     whole = one | {"recovered": True, "target_represents_all_features": True}
     assert "yes" in results_table([whole])
+    assert "at 0.2" in results_table([whole | {"recovered": False, "recovered_0p2": True}])
+    assert "at 0.2" not in results_table([whole | {"recovered": False, "recovered_0p2": False}])
 
 
 @pytest.mark.parametrize(
