@@ -15,22 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-ROOMS = [
-    "ops",
-    "model",
-    "nn",
-    "losses",
-    "train",
-    "targets",
-    "evaluate",
-    "experiments",
-    "studies",
-    "report",
-    "baselines",
-]
 SOURCES = ["bindings.cpp", "cpu/dispatch.cpp"] + [
     f"cpu/kernels_{isa}.cpp" for isa in ("baseline", "avx2", "avx512")
 ]
@@ -134,19 +121,20 @@ def extension() -> dict:
     return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
 
 
-packages = [
-    "spd_fast",
-    *(f"spd_fast.{room}" for room in ROOMS if (ROOT / "spd_fast" / room).is_dir()),
-]
-package_dir = {}
-if (ROOT / "kernels").is_dir():
+packages = find_packages(str(ROOT), include=["spd_fast", "spd_fast.*"])
+# Installed inside the package: a top-level module called `kernels` would shadow another one. In the
+# repository a link leads there, where links are kept.
+if "spd_fast.kernels" not in packages:
     packages.append("spd_fast.kernels")
-    # Installed inside the package: a top-level module called `kernels` would shadow another one.
-    package_dir["spd_fast.kernels"] = "kernels"
+package_dir = {"spd_fast.kernels": "kernels"}
 
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"spd_fast.experiments": ["*.yaml", "*/*.yaml"], "spd_fast.report": ["*.j2"]},
+    package_data={
+        "spd_fast": ["py.typed"],
+        "spd_fast.experiments": ["*.yaml", "*/*.yaml"],
+        "spd_fast.report": ["*.j2"],
+    },
     **extension(),
 )

@@ -36,6 +36,24 @@ def compiler(folder, body):
     return str(script)
 
 
+def test_what_is_installed_is_all_there_is(tmp_path):
+    """A package left out is invisible where the repository itself is on the path."""
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"SPD_FAST_SKIP_EXTENSION": "1"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+    def kept(folder):
+        wanted = (".py", ".yaml", ".j2", ".typed")
+        return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in wanted}
+
+    expected = kept(ROOT / "spd_fast") | {f"kernels/{n}" for n in kept(ROOT / "kernels")}
+    assert len(expected) > 100
+    assert kept(tmp_path / "spd_fast") == expected
+
+
 def test_without_compiler(tmp_path):
     message, modules = build(tmp_path, CXX="no-such-compiler")
     assert "without the C++ extension (no C++ compiler: 'no-such-compiler'" in message

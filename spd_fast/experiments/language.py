@@ -22,7 +22,7 @@ from spd_fast.experiments.records import read_language_evaluation, read_metrics
 from spd_fast.experiments.runs import (
     check_device,
     check_out,
-    environment,
+    note_environment,
     peak_memory_mb,
     training_time,
 )
@@ -185,7 +185,7 @@ def run_language(
             out.mkdir(parents=True)
             locks.enter_context(alone_in(out))
         write_bytes(out / "config.yaml", config.to_yaml().encode())
-        write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        note_environment(out, trainer if resumed else None)
         if resumed and not quiet:
             say(f"resuming at step {trainer.step} of {config.steps}")
         trainer.fit()

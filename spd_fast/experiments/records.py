@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from spd_fast.errors import UserError
 
-__all__ = ["read_evaluation", "read_language_evaluation", "read_metrics"]
+__all__ = [
+    "StartsRecord",
+    "read_evaluation",
+    "read_language_evaluation",
+    "read_metrics",
+    "read_starts",
+]
 
 
 class _Site(BaseModel):
@@ -27,6 +33,25 @@ class _Site(BaseModel):
     relative_error: float
 
 
+class StartsRecord(BaseModel):
+    """Several starts of a run. ``chosen``: the number of the one that is continued. ``losses``: of
+    all of them when it was chosen, None for one that diverged. ``seeds``: theirs. ``steps``: that
+    each of them did."""
+
+    chosen: int = Field(ge=0)
+    losses: list[Annotated[float, Field(allow_inf_nan=False)] | None]
+    seeds: list[int]
+    steps: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _chosen_is_one_of_them(self) -> StartsRecord:
+        if not self.chosen < len(self.losses) == len(self.seeds):
+            raise ValueError(f"start {self.chosen} is none of {len(self.losses)}")
+        if self.losses[self.chosen] is None:
+            raise ValueError("the chosen start has no loss")
+        return self
+
+
 class _Evaluation(BaseModel):
     name: str
     recovered: bool
@@ -41,6 +66,7 @@ class _Evaluation(BaseModel):
     backend: str
     device: str
     seed: int
+    starts: StartsRecord | None = None
 
 
 class _LanguageEvaluation(BaseModel):
@@ -104,6 +130,24 @@ def _read(folder: Path, kind: type[BaseModel], of: str) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); `spd-fast eval` makes it again") from None
     _check(evaluation, kind, f"{path} is not the evaluation of {of}")
     return evaluation
+
+
+def read_starts(path: Path, count: int) -> StartsRecord:
+    """The record of a run's starts.
+
+    Raises:
+        UserError: unreadable, or not of ``count`` starts.
+    """
+    try:
+        record = StartsRecord.model_validate_json(path.read_bytes())
+        if len(record.losses) == count:
+            return record
+        reason = f"{len(record.losses)} starts, not {count}"
+    except OSError as error:
+        reason = str(error)
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).lower()
+    raise UserError(f"{path} is damaged ({reason}); remove it and use --resume")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

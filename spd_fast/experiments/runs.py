@@ -51,6 +51,7 @@ from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config
 from spd_fast.train.config import ResidMLPTarget
+from spd_fast.train.loop import TrainingLoop
 from spd_fast.train.progress import Progress
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "evaluate_run",
     "load_run",
     "make_trainer",
+    "note_environment",
     "peak_memory_mb",
     "run",
     "training_time",
@@ -172,7 +174,7 @@ def run(
             out.mkdir(parents=True)
             locks.enter_context(alone_in(out))
         write_bytes(out / "config.yaml", config.to_yaml().encode())
-        write_bytes(out / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        note_environment(out, trainer if resumed else None)
         if trained is None:
             target = _train_target(config, out / "target", quiet)
             trainer = make_trainer(_started(config, out), target.to(chosen), out, backend, quiet)
@@ -181,6 +183,7 @@ def run(
             targets.save_target(target, config.target, out / "target")
         if resumed and not quiet:
             say(f"resuming at step {trainer.step} of {config.steps}")
+        trains = trainer.step < config.steps
         if isinstance(config, Config) and config.starts.count > 1 and not resumed:
             trainer = best_start(
                 config, lambda c, at: make_trainer(c, target.to(chosen), at, backend, quiet), out
@@ -188,17 +191,18 @@ def run(
         trainer.fit()
         trainer.model.save_pretrained(out)
         finished = Run(out, config, trainer.model)
-        evaluate_run(finished, trained_here=True)
+        evaluate_run(finished, trained_here=trains)
         remove_checkpoints(out)
     return finished
 
 
 def _started(config: AnyConfig, out: Path) -> AnyConfig:
     """The configuration of the start that the run in ``out`` continues: its own if none."""
-    record = chosen_start(out)
-    if record is None or not isinstance(config, Config):
+    record = chosen_start(config, out)
+    if record is None:
         return config
-    return start_config(config, record["chosen"])
+    assert isinstance(config, Config)
+    return start_config(config, record.chosen)
 
 
 @overload
@@ -263,8 +267,10 @@ def _trained_target(config: AnyConfig, out: Path) -> nn.Module | None:
 def _train_target(config: AnyConfig, folder: Path, quiet: bool) -> nn.Module:
     with Progress("train target", config.target.steps, quiet=quiet) as progress:
         target, losses = targets.train_target(config.target, config.seed, progress.update)
-    targets.save_target(target, config.target, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # First, for a folder with the target's config.json is not trained again.
     write_bytes(folder / "losses.json", json.dumps(losses).encode())
+    targets.save_target(target, config.target, folder)
     return target
 
 
@@ -286,6 +292,22 @@ def load_run(folder: Path, *, device: str | None = None, backend: str | None = N
     target = targets.load_target(config.target, folder / "target").to(chosen)
     kind = APDModel if isinstance(config, APDConfig) else DecomposedModel
     return Run(folder, config, kind.from_pretrained(folder, target, backend=backend))
+
+
+def note_environment(out: Path, resumed: TrainingLoop[Any, Any, Any] | None) -> None:
+    """Write env.json. What a run was begun with stays in it; a process that takes more of its steps
+    (``resumed``: its trainer) joins ``resumed`` there, one that finds nothing to do does not."""
+    path, now = out / "env.json", environment()
+    if resumed is not None and path.exists():
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            later = [*begun.get("resumed", []), {"step": resumed.step} | now]
+        except (ValueError, AttributeError, TypeError):
+            begun, later = now, []
+        if resumed.step < resumed.config.steps:
+            begun["resumed"] = later
+        now = begun
+    write_bytes(path, (json.dumps(now, indent=2) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:
@@ -402,7 +424,8 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
     represented = represented_features(model.target, features, device)
     metrics = run.metrics()
     steps, seconds = training_time(metrics)
-    elsewhere = sum(training_time(lines)[1] for lines in other_starts(run.folder))
+    elsewhere = sum(training_time(lines)[1] for lines in other_starts(config, run.folder))
+    starts = chosen_start(config, run.folder)
     neurons = contributions(run)
 
     def recovered(key: str) -> bool:
@@ -424,7 +447,7 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
         "steps": steps,
         "seconds": seconds + elsewhere,
         "ms_per_step": 1e3 * seconds / max(steps, 1),
-        "starts": chosen_start(run.folder),
+        "starts": None if starts is None else starts.model_dump(),
         **_trained_where(run, trained_here),
         "seed": config.seed,
     }

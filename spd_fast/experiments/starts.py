@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd_fast._files import write_bytes
 from spd_fast._seeds import mixed_seed
 from spd_fast.errors import Diverged, UserError
-from spd_fast.experiments.records import read_metrics
+from spd_fast.experiments.recipes import AnyConfig
+from spd_fast.experiments.records import StartsRecord, read_metrics, read_starts
 from spd_fast.train import Trainer
 from spd_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from spd_fast.train.config import Config
@@ -32,29 +33,21 @@ def start_config(config: Config, start: int) -> Config:
     return config.model_copy(update={"seed": mixed_seed(config.seed, "start", start) % 2**32})
 
 
-def chosen_start(out: Path) -> dict[str, Any] | None:
-    """``chosen``, the number of the start that the run in ``out`` continues, and ``losses``, of
-    all of them when it was chosen (None for one that diverged); None before there is one.
+def chosen_start(config: AnyConfig, out: Path) -> StartsRecord | None:
+    """Which start the run in ``out`` continues; None while that is open, or where there is but one.
 
     Raises:
         UserError: a record that cannot be read.
     """
-    path = out / "starts.json"
-    if not path.exists():
+    if not isinstance(config, Config) or config.starts.count == 1:
         return None
-    record: dict[str, Any] = _read(path, lambda data: data["losses"][data["chosen"]] + 0.0)
-    return record
-
-
-def _read(path: Path, check: Callable[[Any], Any]) -> Any:
-    """A JSON file that passes ``check`` without an exception."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        check(data)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}); remove it and use --resume") from None
-    return data
+    path = out / "starts.json"
+    if path.exists():
+        return read_starts(path, config.starts.count)
+    losses = [_read_loss(folder) for folder in _folders(config, out) if _loss_file(folder).exists()]
+    if len(losses) < config.starts.count or not any(loss is not None for loss in losses):
+        return None
+    return _record(config, losses)
 
 
 def best_start(config: Config, make: Callable[[Config, Path], Trainer], out: Path) -> Trainer:
@@ -68,60 +61,89 @@ def best_start(config: Config, make: Callable[[Config, Path], Trainer], out: Pat
     Raises:
         Diverged: every start did. UserError: a start's files are damaged or lost.
     """
-    record = chosen_start(out)
+    record = chosen_start(config, out)
     if record is None:
-        losses = [
-            _train(config, k, make, out / "starts" / str(k)) for k in range(config.starts.count)
-        ]
-        finite = [math.inf if loss is None else loss for loss in losses]
-        record = {"chosen": finite.index(min(finite)), "losses": losses}
-        if min(finite) == math.inf:
+        losses = [_train(config, k, make, f) for k, f in enumerate(_folders(config, out))]
+        if all(loss is None for loss in losses):
             raise Diverged(f"all {len(losses)} starts diverged; try a lower lr ({config.lr} now)")
-        write_bytes(out / "starts.json", (json.dumps(record) + "\n").encode())
-    number = int(record["chosen"])
-    folder = out / "starts" / str(number)
+        record = _record(config, losses)
+    write_bytes(out / "starts.json", (record.model_dump_json() + "\n").encode())
+    folder = _folders(config, out)[record.chosen]
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         raise UserError(f"{folder} has lost its checkpoint; start anew in a fresh --out")
     write_bytes(out / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes())
     save_checkpoint(out / "checkpoints", load_checkpoint(newest), config.keep_checkpoints)
-    trainer = make(start_config(config, number), out)
+    trainer = make(start_config(config, record.chosen), out)
     trainer.resume()
     return trainer
 
 
-def _train(
-    config: Config, start: int, make: Callable[[Config, Path], Trainer], folder: Path
-) -> float | None:
-    """The loss of a start after its part of the steps; None where it diverged."""
-    record = folder / "loss.json"
-    if record.exists():
-        value: float | None = _read(record, lambda data: data is None or data + 0.0)
-        return value
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = make(start_config(config, start), folder)
-    trainer.resume()
-    steps = max(round(config.starts.fraction * config.steps), 1)
-    loss: float | None = None
-    try:
-        trainer.fit(steps, label=f"start {start + 1} of {config.starts.count}")
-        loss = trainer.fresh_loss()
-    except Diverged:
-        pass
-    write_bytes(record, json.dumps(loss).encode())
-    return loss
-
-
-def other_starts(out: Path) -> list[list[dict[str, Any]]]:
+def other_starts(config: AnyConfig, out: Path) -> list[list[dict[str, Any]]]:
     """The metrics of the starts that were not continued."""
-    record = chosen_start(out)
+    record = chosen_start(config, out)
     if record is None:
         return []
-    numbers = [k for k in range(len(record["losses"])) if k != record["chosen"]]
-    return [read_metrics(out / "starts" / str(k)) for k in numbers]
+    assert isinstance(config, Config)
+    folders = _folders(config, out)
+    return [read_metrics(folder) for k, folder in enumerate(folders) if k != record.chosen]
 
 
 def remove_checkpoints(out: Path) -> None:
     """Remove the starts' checkpoints, once the run has a later one of its own."""
     for folder in (out / "starts").glob("*/checkpoints"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(config: Config, out: Path) -> list[Path]:
+    return [out / "starts" / str(k) for k in range(config.starts.count)]
+
+
+def _steps(config: Config) -> int:
+    return max(round(config.starts.fraction * config.steps), 1)
+
+
+def _record(config: Config, losses: Sequence[float | None]) -> StartsRecord:
+    comparable = [math.inf if loss is None else loss for loss in losses]
+    return StartsRecord(
+        chosen=comparable.index(min(comparable)),
+        losses=list(losses),
+        seeds=[start_config(config, k).seed for k in range(len(losses))],
+        steps=_steps(config),
+    )
+
+
+def _loss_file(folder: Path) -> Path:
+    return folder / "loss.json"
+
+
+def _read_loss(folder: Path) -> float | None:
+    path = _loss_file(folder)
+    try:
+        loss = json.loads(path.read_text(encoding="utf-8"))
+        if loss is not None and not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss}")
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}); remove it and use --resume") from None
+    return None if loss is None else float(loss)
+
+
+def _train(
+    config: Config, start: int, make: Callable[[Config, Path], Trainer], folder: Path
+) -> float | None:
+    """The loss of a start after its part of the steps; None where it diverged."""
+    if _loss_file(folder).exists():
+        return _read_loss(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = make(start_config(config, start), folder)
+    trainer.resume()
+    loss: float | None = None
+    try:
+        trainer.fit(_steps(config), label=f"start {start + 1} of {config.starts.count}")
+        fresh = trainer.fresh_loss()
+        loss = fresh if math.isfinite(fresh) else None
+    except Diverged:
+        pass
+    write_bytes(_loss_file(folder), json.dumps(loss).encode())
+    return loss

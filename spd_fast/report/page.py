@@ -357,13 +357,16 @@ def _environment(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _starts(evaluation: dict[str, Any]) -> str:
-    """How many starts there were, and the loss of each after its part of the steps."""
+    """How many starts there were, from which seeds, and the loss of each after its steps."""
     record = evaluation.get("starts")
     if record is None:
         return ""
     losses = ["diverged" if loss is None else f"{loss:.3g}" for loss in record["losses"]]
     losses[record["chosen"]] += " (continued)"
-    return f", the one of lowest loss among {count(len(losses), 'start')}: {', '.join(losses)}"
+    return (
+        f"The start of lowest loss among {len(losses)}, after {count(record['steps'], 'step')} "
+        f"from the seeds {', '.join(map(str, record['seeds']))}: {', '.join(losses)}."
+    )
 
 
 def _target_line(facts: Facts) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "numbered_checkpoints",
+    "prune_checkpoints",
     "save_checkpoint",
 ]
 
@@ -71,9 +72,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if replaced.exists() and not final.exists():
             replaced.rename(final)
         raise
-    for old in (replaced, *numbered_checkpoints(folder)[:-keep]):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    prune_checkpoints(folder, keep)
     return final
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep``, and what a kill left of earlier removals."""
+    for old in numbered_checkpoints(folder)[:-keep]:
+        # Out of sight first: a kill must not leave half of one under its name.
+        aside = old.with_name(f".{old.name}.gone")
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
+    for gone in folder.glob(".step_*.gone"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from spd_fast.train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
 )
 from spd_fast.train.config import LoopConfig
@@ -253,6 +254,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.load_extra_state(checkpoint.extra)
         self.step = checkpoint.step
+        prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints)
         _truncate_metrics(self.out / "metrics.jsonl", self.step)
         return True
 

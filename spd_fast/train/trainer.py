@@ -185,10 +185,12 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         """Σ coefficient · loss of the next step, as a mean over batches that no step trains on.
         Persistent sources, which belong to the training's own steps, are left out."""
         config, total = self.config, 0.0
+        fraction = self.step / config.steps
+        coefficients = {name: term.coeff_at(fraction) for name, term in self.terms.items()}
         for i in range(config.steps, config.steps + batches):
             piece = pieces(self.batches(i), 1)[0]
             step = self.forwards(self.step, piece, make_key(config.seed, i, self.device))
-            for name, coefficient in self.coefficients.items():
+            for name, coefficient in coefficients.items():
                 if coefficient > 0 and name != PERSISTENT:
                     total += coefficient * float(self._loss(name, step).detach())
         return total / batches

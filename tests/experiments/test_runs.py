@@ -327,6 +327,38 @@ def test_a_finished_run_that_is_resumed_stays_the_same(copied, finished):
         assert (copied / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_what_a_run_was_begun_with_stays(copied, monkeypatch):
+    held = json.loads((copied / "env.json").read_text())
+    evaluation = json.loads((copied / "eval.json").read_text())
+    monkeypatch.setattr("spd_fast.experiments.runs.environment", lambda: {"date": "later"})
+    monkeypatch.setattr("spd_fast.experiments.runs.peak_memory_mb", lambda _: -1.0)
+    run(small(), copied, quiet=True, resume=True, backend="reference")
+    assert json.loads((copied / "env.json").read_text()) == held
+    again = json.loads((copied / "eval.json").read_text())
+    for key in ("peak_memory_mb", "backend", "device"):
+        assert again[key] == evaluation[key]
+
+
+def test_a_process_that_takes_more_steps_is_named_beside_the_first(copied, monkeypatch):
+    held = json.loads((copied / "env.json").read_text())
+    monkeypatch.setattr("spd_fast.experiments.runs.environment", lambda: {"date": "later"})
+    for _ in range(2):
+        shutil.rmtree(copied / "checkpoints" / "step_20")
+        run(small(), copied, quiet=True, resume=True)
+    later = {"step": 10, "date": "later"}
+    assert json.loads((copied / "env.json").read_text()) == held | {"resumed": [later, later]}
+
+
+def test_a_kill_while_the_target_is_kept_costs_no_curve(tmp_path, monkeypatch):
+    save = targets.save_target
+    monkeypatch.setattr(targets, "save_target", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(small(), tmp_path / "run", quiet=True)
+    monkeypatch.setattr(targets, "save_target", save)
+    run(small(), tmp_path / "run", quiet=True, resume=True)
+    assert json.loads((tmp_path / "run" / "target" / "losses.json").read_text())
+
+
 def test_a_run_whose_target_is_gone_trains_it_again(copied, finished):
     shutil.rmtree(copied / "target")
     run(small(), copied, quiet=True, resume=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from spd_fast import targets
 from spd_fast.errors import Diverged, UserError
-from spd_fast.experiments import run
+from spd_fast.experiments import evaluate_run, load_run, run
 from spd_fast.experiments import starts as module
 from spd_fast.experiments.runs import make_trainer, training_time
 from spd_fast.experiments.starts import start_config
@@ -19,7 +19,12 @@ from spd_fast.train import Trainer
 from tests.experiments.conftest import small, tree
 
 # 20 steps, of which each of three starts does the first 8.
-THREE = ("starts.count=3", "starts.fraction=0.4", "log_every=4", "checkpoint_every=3")
+# The coefficient is annealed, so that a loss taken with another step's would differ.
+THREE = (
+    "starts.count=3", "starts.fraction=0.4", "log_every=4", "checkpoint_every=3",
+    "losses.importance_minimality.coeff_final=3",
+    "losses.importance_minimality.coeff_anneal_end=0.4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,12 @@ def test_the_start_of_lowest_loss_is_continued(whole):
         assert alone.step == 8
         losses.append(alone.fresh_loss())
     assert len(set(losses)) == 3
-    assert record(whole) == {"chosen": losses.index(min(losses)), "losses": losses}
+    assert record(whole) == {
+        "chosen": losses.index(min(losses)),
+        "losses": losses,
+        "seeds": [start_config(config, start).seed for start in range(3)],
+        "steps": 8,
+    }
 
 
 def test_a_start_goes_on_as_a_run_with_its_seed(whole):
@@ -195,7 +205,20 @@ def test_starts_that_all_diverge_are_an_error(tmp_path):
         run(small(*THREE, "lr=1e30"), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"chosen": 7, "losses": [1.0]}', "[1]"])
+GOOD = {"chosen": 0, "losses": [1.0, 2.0, None], "seeds": [1, 2, 3], "steps": 8}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]"]
+    + [
+        json.dumps(GOOD | change)
+        for change in (
+            {"chosen": 3}, {"chosen": -1}, {"chosen": "first"}, {"chosen": 2}, {"seeds": [1]},
+            {"losses": {"0": 1}}, {"losses": [1.0], "seeds": [1]}, {"losses": [float("nan"), 1, 2]},
+        )
+    ],
+)  # fmt: skip
 def test_a_damaged_choice_is_an_error(tmp_path, whole, text):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "starts.json").write_text(text)
@@ -204,11 +227,27 @@ def test_a_damaged_choice_is_an_error(tmp_path, whole, text):
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_loss_of_a_start_is_an_error(tmp_path, whole):
+def test_a_lost_choice_is_made_again(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "starts.json").unlink()
+    assert evaluate_run(load_run(tmp_path / "run"))["starts"] == record(whole)
+    run(small(*THREE), tmp_path / "run", quiet=True, resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == trained(whole)[2]
+
+
+def test_a_start_without_a_finite_loss_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "fresh_loss", lambda _: float("nan"))
+    with pytest.raises(Diverged, match="all 3 starts diverged"):
+        run(small(*THREE), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "starts" / "0" / "loss.json").read_text() == "null"
+
+
+@pytest.mark.parametrize("text", ['"low"', "NaN", "", "[1]"])
+def test_a_damaged_loss_of_a_start_is_an_error(tmp_path, whole, text):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "starts.json").unlink()
-    (tmp_path / "run" / "starts" / "1" / "loss.json").write_text('"low"')
+    (tmp_path / "run" / "starts" / "1" / "loss.json").write_text(text)
     with pytest.raises(UserError, match=r"loss\.json is damaged"):
         run(small(*THREE), tmp_path / "run", quiet=True, resume=True)
 

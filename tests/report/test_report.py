@@ -231,10 +231,12 @@ def test_the_page_tells_of_the_starts(runs: dict[str, Run], tmp_path: Path) -> N
     source = runs["resid_mlp2"]
     folder = Path(shutil.copytree(source.folder, tmp_path / "run"))
     held = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    held["starts"] = {"chosen": 2, "losses": [0.00205, None, 0.001494]}
+    held["starts"] = {
+        "chosen": 2, "losses": [0.00205, None, 0.001494], "seeds": [3, 17, 99], "steps": 1200,
+    }  # fmt: skip
     (folder / "eval.json").write_text(json.dumps(held), encoding="utf-8")
     write_report(Run(folder, source.config, source.model))
-    told = "among 3 starts: 0.00205, diverged, 0.00149 (continued)"
+    told = "after 1,200 steps from the seeds 3, 17, 99: 0.00205, diverged, 0.00149 (continued)."
     for name in ("report.html", "README.md"):
         assert told in (folder / name).read_text(encoding="utf-8")
         assert "among" not in (source.folder / name).read_text(encoding="utf-8")

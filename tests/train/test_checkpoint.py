@@ -21,6 +21,8 @@ from spd_fast.train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    numbered_checkpoints,
+    prune_checkpoints,
     save_checkpoint,
 )
 
@@ -62,6 +64,33 @@ def test_the_newest_few_are_kept(tmp_path, keep):
         save_checkpoint(tmp_path, checkpoint(step), keep)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {f"step_{n}" for n in (8, 9, 10, 100)[-keep:]}
+
+
+def test_what_a_kill_left_of_a_removal_goes_with_the_next(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, checkpoint(step), keep=4)
+    (tmp_path / ".step_0.gone").mkdir()
+    (tmp_path / ".step_0.gone" / "state.json").touch()
+    prune_checkpoints(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_3", "step_4"]
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_under_a_steps_name(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+
+    def killed(path, ignore_errors=False):
+        if path.exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spd_fast.train.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, keep=1)
+    assert [p.name for p in numbered_checkpoints(tmp_path)] == ["step_2"]
+    prune_checkpoints(tmp_path, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_2"]
 
 
 def test_the_latest_is_the_one_of_most_steps(tmp_path):
