@@ -15,6 +15,7 @@ __all__ = [
     "recovered_word",
     "results_table",
     "seeds_summary",
+    "steps_word",
 ]
 
 # arXiv 2506.20790, table 1: experiment → (MMCS ±, ML2R ±), on linear1, over features of one run.
@@ -69,6 +70,13 @@ def recovered_word(evaluation: Mapping[str, Any]) -> str:
     return "at 0.2" if evaluation.get("recovered_0p2") else "no"
 
 
+def steps_word(evaluation: Mapping[str, Any]) -> str:
+    """The steps of the run, and of how many starts it is the best."""
+    starts = evaluation.get("starts")
+    steps = str(evaluation["steps"])
+    return steps if starts is None else f"{steps}, best of {len(starts['losses'])} starts"
+
+
 def _row(evaluation: dict[str, Any]) -> tuple[str, ...]:
     name, sites = evaluation["name"], evaluation["sites"]
     paper = paper_values(name)
@@ -83,7 +91,7 @@ def _row(evaluation: dict[str, Any]) -> tuple[str, ...]:
     live = " ".join(f"{s['live_components']}/{s['components']}" for s in sites.values())
     return (
         name, str(evaluation["seed"]), recovered_word(evaluation), paper_mmcs, mmcs, paper_ml2r,
-        ml2r, live, str(evaluation["steps"]), _duration(evaluation["seconds"]),
+        ml2r, live, steps_word(evaluation), _duration(evaluation["seconds"]),
     )  # fmt: skip
 
 

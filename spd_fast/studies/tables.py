@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spd_fast.experiments import Outcome, aggregate, configuration, recipe
-from spd_fast.report.table import APD, PAPER, PAPER_APD, network_of, recovered_word
+from spd_fast.report.table import APD, PAPER, PAPER_APD, network_of, recovered_word, steps_word
 from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
 from spd_fast.studies.scaling import METHODS, SERIES, slope
 from spd_fast.studies.sources import Sources
@@ -85,7 +85,7 @@ def table1(sources: Sources, method: str) -> str:
                     name, str(seed), recovered_word(evaluation), paper[0],
                     f"{site['mmcs']:.4f} ± {site['mmcs_std']:.4f}", paper[1],
                     f"{site['ml2r']:.3f} ± {site['ml2r_std']:.3f}", live,
-                    str(evaluation["steps"]), _where(record),
+                    steps_word(evaluation), _where(record),
                 ]
             )  # fmt: skip
         if len(records) > 1:
@@ -136,7 +136,7 @@ def residual_table(sources: Sources) -> str:
                     ),
                     f"{neurons['r2']:.4f}" if neurons else "—",
                     f"{neurons['slope']:.3f}" if neurons else "—",
-                    str(evaluation["steps"]), _where(record),
+                    steps_word(evaluation), _where(record),
                 ]
             )  # fmt: skip
         missing = _missing(sources, name)

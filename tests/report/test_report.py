@@ -375,6 +375,9 @@ def test_results_table_sets_an_incomplete_target_apart(runs: dict[str, Run]) -> 
     whole = one | {"recovered": True, "target_represents_all_features": True}
     assert "yes" in results_table([whole])
     assert "at 0.2" in results_table([whole | {"recovered": False, "recovered_0p2": True}])
+    starts = {"losses": [1.0, 2.0]}
+    assert "best of" not in results_table([whole | {"starts": None}])
+    assert f"{whole['steps']}, best of 2 starts" in results_table([whole | {"starts": starts}])
     assert "at 0.2" not in results_table([whole | {"recovered": False, "recovered_0p2": False}])
 
 
