@@ -29,7 +29,6 @@ from bench.machine import machine
 from bench.problems import step_trainer
 from spd_fast import backends
 from spd_fast.losses import LOSSES
-from spd_fast.ops import _fused
 from spd_fast.train import Trainer
 
 __all__ = ["OTHER", "main", "operations", "phase_memory", "phase_times"]
@@ -106,20 +105,6 @@ def phase_memory(trainer: Trainer, index: int) -> dict[str, tuple[float, float]]
     return found
 
 
-def _visible_kernel(name: str, tensor: Tensor) -> Callable[..., Any]:
-    # The fused kernels are called past torch's dispatcher, where its profiler looks.
-    function = _KERNEL(name, tensor)
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        with record_function(f"spd_fast::{name}"):
-            return function(*args, **kwargs)
-
-    return recorded
-
-
-_KERNEL = _fused.kernel
-
-
 def operations(trainer: Trainer, index: int, trace: Path | None) -> list[FunctionEventAvg]:
     """Operations of one step by their own time, longest first; writes the trace if asked to."""
 
@@ -134,7 +119,6 @@ def operations(trainer: Trainer, index: int, trace: Path | None) -> list[Functio
     if trainer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with (
-        patch.object(_fused, "kernel", _visible_kernel),
         _wrapped_phases(trainer, wrap),
         profile(activities=activities, profile_memory=True) as profiler,
     ):

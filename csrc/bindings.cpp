@@ -7,8 +7,11 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
@@ -69,9 +72,13 @@ spd::Host<T> host() {
   return {{parallel_loop}, product<T>, forced};
 }
 
-// The kernels' own products and allocations need no autograd bookkeeping.
+// One call of a kernel: its own products and allocations need no autograd bookkeeping, and torch's profiler sees it.
 struct Plain {
+  explicit Plain(const char* name) : record(at::RecordScope::FUNCTION) {
+    if (record.isActive()) record.before(name);
+  }
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autograd_dispatch_keyset_with_ADInplaceOrView};
+  at::RecordFunction record;
 };
 
 // ---- validation
@@ -210,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_forward(const Tensor& x_in, const Tensor
                                                 const Tensor& b_in, const Tensor& w_out, const Tensor& b_out,
                                                 const std::string& sigmoid, const std::string& penalty, double power,
                                                 double eps) {
-  Plain plain;
+  Plain plain(interpolated ? "spd_fast::gate_interpolated_forward" : "spd_fast::gate_forward");
   const auto dtype = compute_dtype(x_in, "x");
   check_site(x_in, V_in);
   const Tensor x = unit_columns(x_in), V = plain_matrix(V_in);
@@ -235,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_backward(
     const Tensor& x_in, const Tensor& V_in, const Tensor& inner_in, const Tensor& w_in, const Tensor& b_in,
     const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid, const std::string& penalty, double power,
     double eps, bool need_grad_x) {
-  Plain plain;
+  Plain plain(interpolated ? "spd_fast::gate_interpolated_backward" : "spd_fast::gate_backward");
   const auto dtype = compute_dtype(x_in, "x");
   check_site(x_in, V_in);
   const Tensor x = unit_columns(x_in), V = plain_matrix(V_in);
@@ -371,7 +378,7 @@ Tensor component_linear_forward(const Tensor& x, const OptTensor& inner, const O
                                 int64_t site, int64_t row_offset, bool binomial, const OptTensor& delta,
                                 bool random_delta, const OptTensor& weight, const OptTensor& bias,
                                 const OptTensor& routing) {
-  Plain plain;
+  Plain plain("spd_fast::component_linear_forward");
   const LinearInputs a = linear_inputs(x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
                                        random_delta, weight, bias, routing);
   const Tensor y = at::empty({a.rows, a.d_out}, x.options());
@@ -388,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compo
     int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta, const OptTensor& weight,
     const OptTensor& bias, const OptTensor& routing, bool need_x, bool need_inner, bool need_V, bool need_U,
     bool need_lower, bool need_source, bool need_delta, bool need_bias) {
-  Plain plain;
+  Plain plain("spd_fast::component_linear_backward");
   const LinearInputs a = linear_inputs(x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
                                        random_delta, weight, bias, routing);
   check_kind(grad_y_in, "grad_y", x.scalar_type());
@@ -431,7 +438,7 @@ std::tuple<Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& V, const
                                          double eps, const OptTensor& key, int64_t draw, int64_t site,
                                          int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta,
                                          const OptTensor& weight, const OptTensor& bias, const OptTensor& routing) {
-  Plain plain;
+  Plain plain("spd_fast::layer_forward");
   const LinearInputs a = linear_inputs(x, {}, V, U, {}, {}, key, draw, site, row_offset, binomial, delta, random_delta,
                                        weight, bias, routing);
   const GateInputs gate =
@@ -451,7 +458,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const std::string& penalty, double power, double eps, const OptTensor& key, int64_t draw, int64_t site,
     int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta, const OptTensor& weight,
     const OptTensor& bias, const OptTensor& routing, bool need_x) {
-  Plain plain;
+  Plain plain("spd_fast::layer_backward");
   const LinearInputs a = linear_inputs(x, {}, V, U, {}, {}, key, draw, site, row_offset, binomial, delta, random_delta,
                                        weight, bias, routing);
   const auto dtype = x.scalar_type();
@@ -504,7 +511,7 @@ void check_faithfulness(const Tensor& V, const Tensor& U, const Tensor& W) {
 }
 
 Tensor faithfulness_forward(const Tensor& V_in, const Tensor& U_in, const Tensor& W) {
-  Plain plain;
+  Plain plain("spd_fast::faithfulness_forward");
   check_faithfulness(V_in, U_in, W);
   const Tensor V = plain_matrix(V_in), U = plain_matrix(U_in);
   double total = 0;
@@ -517,7 +524,7 @@ Tensor faithfulness_forward(const Tensor& V_in, const Tensor& U_in, const Tensor
 
 std::tuple<Tensor, Tensor> faithfulness_backward(const Tensor& grad, const Tensor& V_in, const Tensor& U_in,
                                                  const Tensor& W) {
-  Plain plain;
+  Plain plain("spd_fast::faithfulness_backward");
   check_faithfulness(V_in, U_in, W);
   check_kind(grad, "grad", V_in.scalar_type());
   TORCH_CHECK_VALUE(grad.numel() == 1, "grad has shape ", grad.sizes(), "; expected a scalar");
@@ -532,11 +539,130 @@ std::tuple<Tensor, Tensor> faithfulness_backward(const Tensor& grad, const Tenso
   return {grad_V, grad_U};
 }
 
+// ---- autograd
+
+// The differentiable operations, as spd_fast.ops' autograd.Functions define them (which trace, and serve other devices),
+// without Python between the kernels and the engine.
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
+Tensor or_undefined(const OptTensor& t) { return t ? *t : Tensor(); }
+
+// Gradients that cannot be differentiated again: that fails where it is tried, not before.
+variable_list once_differentiable(variable_list grads, const variable_list& incoming) {
+  bool again = false;
+  for (const Tensor& t : incoming) again = again || (t.defined() && t.requires_grad());
+  if (!again || !at::GradMode::is_enabled()) return grads;
+  for (Tensor& t : grads)
+    if (t.defined()) t = t.detach().requires_grad_();
+  const auto error = std::make_shared<torch::autograd::DelayedError>(
+      "trying to differentiate twice a function that was marked with @once_differentiable", int64_t(grads.size()));
+  return (*error)(std::move(grads));
+}
+
+struct GateFunction : torch::autograd::Function<GateFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& V, const Tensor& w_in,
+                               const Tensor& b_in, const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid,
+                               const std::string& penalty, double power, double eps, bool interpolated) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["options"] = c10::ivalue::Tuple::create({sigmoid, penalty, power, eps, interpolated});
+    const auto run = interpolated ? gate_forward<true> : gate_forward<false>;
+    const auto [inner, lower, sums] = run(x, V, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps);
+    ctx->save_for_backward({x, V, inner, w_in, b_in, w_out, b_out});
+    return {inner, lower, sums};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list out(11);
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return out;
+    const auto saved = ctx->get_saved_variables();
+    const auto options = ctx->saved_data["options"].toTuple();
+    const auto& o = options->elements();
+    const auto run = o[4].toBool() ? gate_backward<true> : gate_backward<false>;
+    std::tie(out[0], out[1], out[2], out[3], out[4], out[5]) =
+        run(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], saved[3], saved[4],
+            saved[5], saved[6], o[0].toStringRef(), o[1].toStringRef(), o[2].toDouble(), o[3].toDouble(),
+            ctx->needs_input_grad(0));
+    return once_differentiable(std::move(out), grads);
+  }
+};
+
+struct ComponentLinearFunction : torch::autograd::Function<ComponentLinearFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& inner, const OptTensor& V,
+                        const Tensor& U, const OptTensor& lower, const OptTensor& source, const OptTensor& key,
+                        int64_t draw, int64_t site, int64_t row_offset, bool binomial, const OptTensor& delta,
+                        bool random_delta, const OptTensor& weight, const OptTensor& bias, const OptTensor& routing) {
+    ctx->save_for_backward({x, or_undefined(inner), or_undefined(V), U, or_undefined(lower), or_undefined(source),
+                            or_undefined(key), or_undefined(delta), or_undefined(weight), or_undefined(routing)});
+    ctx->saved_data["options"] =
+        c10::ivalue::Tuple::create({draw, site, row_offset, binomial, random_delta, bias.has_value()});
+    return component_linear_forward(x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
+                                    random_delta, weight, bias, routing);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto options = ctx->saved_data["options"].toTuple();
+    const auto& o = options->elements();
+    // Autograd numbers the tensors that are there.
+    size_t edge = 0;
+    const auto needs = [&](bool there) { return there && ctx->needs_input_grad(edge++); };
+    const auto [x, inner, V, U, lower, source, key, delta, weight, routing] =
+        std::tie(saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9]);
+    const bool need_x = needs(true), need_inner = needs(inner.defined()), need_V = needs(V.defined());
+    const bool need_U = needs(true), need_lower = needs(lower.defined()), need_source = needs(source.defined());
+    needs(key.defined());
+    const bool need_delta = needs(delta.defined());
+    needs(weight.defined());
+    const bool need_bias = needs(o[5].toBool());
+    variable_list out(16);
+    std::tie(out[0], out[1], out[2], out[3], out[4], out[5], out[11], out[14]) = component_linear_backward(
+        grads[0], x, optional(inner), optional(V), U, optional(lower), optional(source), optional(key), o[0].toInt(),
+        o[1].toInt(), o[2].toInt(), o[3].toBool(), optional(delta), o[4].toBool(), optional(weight), {},
+        optional(routing), need_x, need_inner, need_V, need_U, need_lower, need_source, need_delta, need_bias);
+    return once_differentiable(std::move(out), grads);
+  }
+};
+
+struct FaithfulnessFunction : torch::autograd::Function<FaithfulnessFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& V, const Tensor& U, const Tensor& W) {
+    ctx->save_for_backward({V, U, W});
+    return faithfulness_forward(V, U, W);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    variable_list out(3);
+    std::tie(out[0], out[1]) = faithfulness_backward(grads[0], saved[0], saved[1], saved[2]);
+    return once_differentiable(std::move(out), grads);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& x, const Tensor& V, const Tensor& w_in, const Tensor& b_in,
+                                        const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid,
+                                        const std::string& penalty, double power, double eps,
+                                        const std::string& gate_eval) {
+  const variable_list out = GateFunction::apply(x, V, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps,
+                                                gate_eval == "interpolated");
+  return {out[0], out[1], out[2]};
+}
+
+Tensor component_linear(const Tensor& x, const OptTensor& inner, const OptTensor& V, const Tensor& U,
+                        const OptTensor& lower, const OptTensor& source, const OptTensor& key, int64_t draw,
+                        int64_t site, int64_t row_offset, bool binomial, const OptTensor& delta, bool random_delta,
+                        const OptTensor& weight, const OptTensor& bias, const OptTensor& routing) {
+  return ComponentLinearFunction::apply(x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
+                                        random_delta, weight, bias, routing);
+}
+
+Tensor faithfulness(const Tensor& V, const Tensor& U, const Tensor& W) { return FaithfulnessFunction::apply(V, U, W); }
+
 // ---- random numbers
 
 Tensor uniform(const Tensor& key, int64_t rows, int64_t columns, int64_t draw, int64_t site, int64_t row_offset,
                const at::ScalarType& dtype) {
-  Plain plain;
+  Plain plain("spd_fast::uniform");
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, "rows and columns must not be negative: ", rows, ", ", columns);
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "dtype must be float32 or float64, not ", dtype);
   const spd::Key k = make_key(key, draw, site, row_offset, false);
@@ -595,6 +721,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("faithfulness_forward", &faithfulness_forward, release, py::arg("V"), py::arg("U"), py::arg("W"));
   m.def("faithfulness_backward", &faithfulness_backward, release, py::arg("grad"), py::arg("V"), py::arg("U"),
         py::arg("W"));
+  m.def("gate", &gate, release);
+  m.def("component_linear", &component_linear, release);
+  m.def("faithfulness", &faithfulness, release);
   m.def("uniform", &uniform, release, py::arg("key"), py::arg("rows"), py::arg("columns"), py::arg("draw"),
         py::arg("site"), py::arg("row_offset"), py::arg("dtype"));
   m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));

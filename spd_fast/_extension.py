@@ -12,7 +12,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     # The extension links against torch's libraries, which importing torch makes findable.
     import torch  # noqa: F401
 
-    from spd_fast.ops._fused import PRIMITIVES
+    from spd_fast.ops._fused import DIFFERENTIABLE, PRIMITIVES
 
     advice = "see Install in the README"
     try:
@@ -21,7 +21,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the C++ extension spd_fast._C is not installed; {advice}"
     except ImportError as error:
         return None, f"the C++ extension spd_fast._C cannot be imported: {error}"
-    if missing := [name for name in PRIMITIVES if not hasattr(extension, name)]:
+    if missing := [name for name in (*PRIMITIVES, *DIFFERENTIABLE) if not hasattr(extension, name)]:
         reason = f"is older than this spd_fast: it lacks {missing[0]}; build it again"
         return None, f"the C++ extension spd_fast._C {reason}, {advice}"
     return extension, None

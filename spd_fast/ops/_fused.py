@@ -15,6 +15,7 @@ from spd_fast.ops._library import LIBRARY
 
 __all__ = [
     "autocast",
+    "differentiable",
     "kernel",
     "load",
     "per_component",
@@ -35,6 +36,8 @@ PRIMITIVES = (
     "faithfulness_forward",
     "faithfulness_backward",
 )
+# Operations that the extension can also differentiate by itself.
+DIFFERENTIABLE = ("gate", "component_linear", "faithfulness")
 
 
 @constant_when_compiled
@@ -62,13 +65,29 @@ def _register(backend: str) -> None:
     raise NotImplementedError(f"no kernels for backend {backend!r}")
 
 
+def _runs_the_extension(tensor: Tensor) -> bool:
+    """Whether the extension computes on ``tensor`` and nothing traces."""
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def kernel(name: str, tensor: Tensor) -> Callable[..., Any]:
     """What computes primitive ``name`` for ``tensor``: the registered operation, or, where nothing
     traces, the extension's function behind it (the dispatcher costs more than a small kernel)."""
-    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    if plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _runs_the_extension(tensor):
         return _extension_function(name)
     return getattr(torch.ops.spd_fast, name)
+
+
+def differentiable(
+    name: str, tensor: Tensor, function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
+    """What computes operation ``name`` with its gradients, with the arguments of ``function``:
+    ``function`` itself, or, where nothing traces, its like in the extension (a passage through
+    Python, forward and backward, costs more than a small kernel)."""
+    if _runs_the_extension(tensor):
+        return _extension_function(name)
+    return function.apply
 
 
 @functools.cache

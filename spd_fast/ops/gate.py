@@ -292,7 +292,8 @@ def gate(
         out = _reference(rows, V, list(weights), list(biases), *options)
     else:
         _fused.load(chosen)
-        out = _Gate.apply(_fused.autocast(rows), V, *fused_layers(weights, biases), *options)
+        run = _fused.differentiable("gate", x, _Gate)
+        out = run(_fused.autocast(rows), V, *fused_layers(weights, biases), *options)
     inner, lower, sums = out
     if x.ndim != 2:
         shape = (*x.shape[:-1], components)
