@@ -317,7 +317,8 @@ static void component_linear_forward(const Host<T>& host, const ComponentLinear<
     component_linear_forward_small(host, a, y);
 }
 
-// grad_bias = the sum of grad_y over rows, in blocks.
+// grad_bias = the sum of grad_y over rows, in blocks. Sums of a block are double: one row after the other, float would
+// lose several digits where they cancel.
 template <class T>
 static void bias_gradient(const Host<T>& host, const ComponentLinear<T>& a, const ComponentLinearGrads<T>& g) {
   const Segments segments(a.rows);
@@ -326,14 +327,14 @@ static void bias_gradient(const Host<T>& host, const ComponentLinear<T>& a, cons
   T* partial = shared.zeros(count * a.d_out);
   run_tasks(host.parallel, segments.count, [&](int64_t segment) {
     T* sum = partial + segment * a.d_out;
-    Scratch<T> scratch(a.d_out);
-    T* block_sum = scratch.take(a.d_out);
+    Scratch<double> scratch(a.d_out);
+    double* block_sum = scratch.take(a.d_out);
     for (int64_t block = segments.first(segment); block < segments.first(segment + 1); ++block) {
       const Rows r = block_rows<T>(a.rows, block);
-      std::memset(block_sum, 0, size_t(a.d_out) * sizeof(T));
+      std::memset(block_sum, 0, size_t(a.d_out) * sizeof(double));
       for (int64_t n = r.begin; n < r.begin + r.count; ++n)
-        for (int64_t o = 0; o < a.d_out; ++o) block_sum[o] += g.grad_y.data[n * g.grad_y.row + o];
-      for (int64_t o = 0; o < a.d_out; ++o) sum[o] += block_sum[o];
+        for (int64_t o = 0; o < a.d_out; ++o) block_sum[o] += double(g.grad_y.data[n * g.grad_y.row + o]);
+      for (int64_t o = 0; o < a.d_out; ++o) sum[o] += T(block_sum[o]);
     }
   });
   reduce_segments(host.parallel, partial, count, a.d_out, [&](int64_t o, T sum) { g.bias[o] = sum; });

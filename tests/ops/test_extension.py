@@ -358,6 +358,15 @@ def cast(t, dtype):
     return {k: None if v is None else v.to(dtype) for k, v in t.items()}
 
 
+def test_the_gradient_of_a_bias_is_precise_where_it_cancels(isa):
+    t, key, routing = linear_case(256, 3, 2, 512, "lower", "none", False, True, True)
+    half = random(9, 128, 512)
+    t["grad_y"] = torch.cat([half, -half])
+    t = cast(t, torch.float32)
+    got = run_linear(t, key, routing, False, False, True)[1]["bias"]
+    assert_close("grad_bias", got, t["grad_y"].sum(0), t["grad_y"].double().sum(0))
+
+
 def check_linear(t, key, routing, binomial, random_delta, dtype):
     rounded = cast(t, dtype)
     oracle = run_linear(cast(rounded, torch.float64), key, routing, binomial, random_delta, False)
