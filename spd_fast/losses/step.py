@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from spd_fast.losses.adversary import Sources
     from spd_fast.losses.persistent import PersistentSources
 
-__all__ = ["DRAWN", "Part", "Step"]
+__all__ = ["DRAWN", "Part", "Step", "mean_of"]
 
 # The losses that draw random numbers, each with draws of its own: S indices after those of the
 # one before it.
@@ -32,6 +33,11 @@ DRAWN = (
     "pgd_recon_subset",
     "persistent_pgd_recon",
 )
+
+
+def mean_of(losses: Sequence[Tensor]) -> Tensor:
+    """The mean of some scalars; one alone is itself."""
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).mean()
 
 
 @dataclass(frozen=True)

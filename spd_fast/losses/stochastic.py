@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spd_fast.losses.step import Step
+from spd_fast.losses.step import Step, mean_of
 
 __all__ = [
     "stochastic_hidden_acts_recon",
@@ -20,7 +20,7 @@ __all__ = [
 def stochastic_recon(step: Step) -> Tensor:
     """Mean over S draws of D(output with every site masked, target output)."""
     draws = (step.draw("stochastic_recon", index) for index in range(step.draws))
-    return torch.stack([step.reconstruction(step.stochastic(d)) for d in draws]).mean()
+    return mean_of([step.reconstruction(step.stochastic(d)) for d in draws])
 
 
 def stochastic_recon_layerwise(step: Step) -> Tensor:
@@ -32,7 +32,7 @@ def stochastic_recon_layerwise(step: Step) -> Tensor:
     for index in range(step.draws):
         masking = step.stochastic(step.draw("stochastic_recon_layerwise", index))
         losses += [step.reconstruction(masking, [name]) for name in step.model.sites]
-    return torch.stack(losses).mean()
+    return mean_of(losses)
 
 
 def stochastic_recon_subset(step: Step) -> Tensor:
@@ -42,7 +42,7 @@ def stochastic_recon_subset(step: Step) -> Tensor:
     for index in range(step.draws):
         masking = step.stochastic(step.draw(name, index), step.routing(name, index))
         losses.append(step.reconstruction(masking))
-    return torch.stack(losses).mean()
+    return mean_of(losses)
 
 
 def stochastic_hidden_acts_recon(step: Step) -> Tensor:
@@ -71,4 +71,4 @@ def stochastic_hidden_acts_recon(step: Step) -> Tensor:
             losses.append(checkpoint(run, use_reentrant=False, preserve_rng_state=False))
         else:
             losses.append(run())
-    return torch.stack(losses).mean()
+    return mean_of(losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +237,13 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         }
         return shared
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device, wanted = self.device.type, self.config.precision == "bf16"
+        if not wanted and not torch.is_autocast_enabled(device):
+            return nullcontext()
         # Without its cache: a cast made while gradients were off would be taken up by a later
         # forward that needs them.
-        return torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.config.precision == "bf16",
-            cache_enabled=False,
-        )
+        return torch.autocast(device, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def _loss(self, name: str, step: Step) -> Tensor:
         if name in OF_WEIGHTS:
