@@ -24,6 +24,7 @@ from spd_fast.train.fields import (
     Positive,
     Strict,
 )
+from spd_fast.train.loggers import LoggerName
 from spd_fast.train.loss_config import LossConfig, MinimalityConfig
 
 __all__ = [
@@ -125,7 +126,11 @@ class WarmUpConfig(Strict):
 
 
 class LoopConfig(Strict):
-    """What every :class:`~spd_fast.train.loop.TrainingLoop` needs."""
+    """What every :class:`~spd_fast.train.loop.TrainingLoop` needs.
+
+    ``log_to``: where the lines of metrics.jsonl go as well. It says nothing of what is trained, and
+    is no part of config.yaml: a run may be continued with another one.
+    """
 
     steps: Count
     batch_size: Count
@@ -134,6 +139,7 @@ class LoopConfig(Strict):
     log_every: Count = 100
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2
+    log_to: Annotated[tuple[LoggerName, ...], Field(exclude=True)] = ()
 
 
 class TrainConfig(LoopConfig):

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from spd_fast.train.checkpoint import (
     save_checkpoint,
 )
 from spd_fast.train.config import LoopConfig
+from spd_fast.train.loggers import also_logged, check_loggers
 from spd_fast.train.progress import Progress
 
 __all__ = ["Losses", "TrainingLoop"]
@@ -64,8 +65,10 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         out: Path | None = None,
         quiet: bool = False,
     ) -> None:
+        check_loggers(config.log_to, out)
         self.model, self.config, self.batches, self.out = model, config, batches, out
         self.quiet = quiet
+        self._also: Callable[[Mapping[str, Any]], None] | None = None
         self.step = 0
         self._looked_at = 0  # the last step known to have gone well
         self.coefficients = losses.coefficients()
@@ -95,7 +98,8 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
 
     def fit(self, until: int | None = None, label: str = "decompose") -> None:
         """Train from ``self.step`` to step ``until`` (the last one by default), with metrics and
-        checkpoints on the way; ``label`` names the progress.
+        checkpoints on the way; ``label`` names the progress. Loggers hear of a part of a training
+        (``until``) when it is continued to the last step.
 
         Raises:
             Diverged: a loss became NaN or infinite (names it and the step at which it is noticed:
@@ -107,7 +111,13 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         if self.step == 0:
             self.warm_up()
         window = time.perf_counter(), self.step
-        with Progress(label, end, self.step, quiet=self.quiet) as progress:
+        with (
+            also_logged(
+                config.log_to if until is None else (), self.out, self.step, self._name(),
+                config.model_dump(mode="json"),
+            ) as self._also,
+            Progress(label, end, self.step, quiet=self.quiet) as progress,
+        ):  # fmt: skip
             while self.step < end:
                 losses, step = self.train_step(self.step)
                 self.step += 1
@@ -120,6 +130,11 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
                     progress.update(self.step)
                 if self.step % config.checkpoint_every == 0 or self.step == end:
                     self.save()
+        self._also = None
+
+    def _name(self) -> str:
+        folder = "" if self.out is None else self.out.absolute().name
+        return f"{getattr(self.config, 'name', folder)}-seed{self.config.seed}"
 
     def warm_up(self) -> None:
         """What comes before the first step; nothing by default."""
@@ -170,6 +185,8 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         if self.out is not None:
             with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
+        if self._also is not None:
+            self._also(record)
         l0 = sum(statistics["l0"].values())
         return f"loss {values['total']:.3e}  L0 {l0:.2f}  {ms:.1f} ms/step"
 
