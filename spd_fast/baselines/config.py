@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from spd_fast.train.config import LoopConfig, ResidMLPTarget, TMSTarget, plain_name, validate
 from spd_fast.train.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Strict
+from spd_fast.train.loss_config import NOTHING_TO_TRAIN
 
 __all__ = ["APDConfig", "APDLossConfig", "SchattenConfig", "parse_apd_config"]
 
@@ -41,6 +43,12 @@ class APDLossConfig(Strict):
     topk_recon: ReconConfig
     schatten: SchattenConfig
     activation_recon: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> APDLossConfig:
+        if not self.coefficients():
+            raise PydanticCustomError("losses", NOTHING_TO_TRAIN)
+        return self
 
     def coefficients(self) -> dict[str, float]:
         """Name → coefficient of every loss that takes part."""

@@ -314,6 +314,10 @@ def _fields_at(path: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
 _TAGS = ("tms", "resid_mlp", "number", "mapping", "tokens", "huggingface")
 
 
+# What pydantic says, in Python's words, of a value where YAML needs a mapping.
+_NO_MAPPING = ("dict_type", "model_type", "model_attributes_type")
+_SOME_KEYS = 8  # of a mapping, in an error message
+
 # For error messages: a few lines of YAML can stand for a value of astronomical size.
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxlong = 2, 3, 80, 80
@@ -329,8 +333,16 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown key {name!r}; nearest valid key: {close}"
     if first["type"] == "missing":
         return f"missing key {name!r}"
+    if first["type"] == "union_tag_not_found":
+        return f"missing key '{name}.kind'"
     given = first.get("input")
     shown = "" if isinstance(given, Mapping) else f", got {_SHORT.repr(given)}"
+    if first["type"] in _NO_MAPPING:
+        keys = [repr(key) for key in dict.fromkeys(_fields_at(path, kind))]
+        some = ", ".join([*keys[:_SOME_KEYS], *("…" for _ in keys[_SOME_KEYS : _SOME_KEYS + 1])])
+        return f"{name}: input should be a mapping{some and f' with keys {some}'}{shown}"
+    if first["type"] == "tuple_type":
+        return f"{name}: input should be a list{shown}"
     return f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{shown}"
 
 
@@ -353,12 +365,46 @@ def parse_config(data: Any) -> Config:
     return validate(data, Config)
 
 
+class _KeyTwiceError(yaml.YAMLError):
+    """A mapping with the same key twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML whose mappings name a key once; YAML itself lets the last one count."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            # Several `<<` are no slip: all of their mappings are merged.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if (key.tag, key.value) in lines:
+                    first = lines[key.tag, key.value]
+                    where = f"in line {line}" if first == line else f"in lines {first} and {line}"
+                    raise _KeyTwiceError(f"key {key.value!r} stands twice, {where}")
+                lines[key.tag, key.value] = line
+        return node
+
+
+def _plain(text: str) -> Any:
+    """What a YAML text says; nothing that it names is executed."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def load_config(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, loaded without executing anything it names."""
+    """The mapping in a YAML file, loaded without executing anything it names.
+
+    Raises:
+        UserError: a file that cannot be read, is not plain YAML, holds no mapping, or names a key
+            of a mapping twice.
+    """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _plain(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    except _KeyTwiceError as error:
+        raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not plain YAML: {reason}") from None
@@ -368,21 +414,34 @@ def load_config(path: Path) -> dict[str, Any]:
 
 
 def set_keys(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """``data`` with dotted ``key=value`` assignments applied; values are YAML scalars or lists."""
+    """``data`` with dotted ``key=value`` assignments applied; values are YAML.
+
+    A mapping as a value takes the place of the whole mapping that was there: ``sites={linear1: 4}``
+    leaves one site, ``sites.linear1=4`` all of them.
+
+    Raises:
+        UserError: no ``key=value``, or a value that is not plain YAML.
+    """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"--set needs key=value, got {assignment!r}")
         try:
-            value = yaml.safe_load(text)
+            value = _plain(text)
+        except _KeyTwiceError as error:
+            raise UserError(f"--set {key}: {error}") from None
         except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {key}: the value {text!r} is not plain YAML") from None
-        change: Any = value
-        parts = _site_aware_split(key)
-        for part in reversed(parts):
-            change = {part: change}
-        data = _merge(data, change)
+        data = _with(data, _site_aware_split(key), value)
     return data
+
+
+def _with(data: Any, path: list[str], value: Any) -> Any:
+    """``data`` with ``value`` at a path of keys; what is no mapping on the way becomes one."""
+    if not path:
+        return value
+    held = data if isinstance(data, Mapping) else {}
+    return {**held, path[0]: _with(held.get(path[0]), path[1:], value)}
 
 
 def _site_aware_split(key: str) -> list[str]:

@@ -11,7 +11,9 @@ from spd_fast.losses import PGD, Frequency, PersistentPGD, Routing
 from spd_fast.ops.penalty import Penalty
 from spd_fast.train.fields import CountOrZero, Fraction, NonNegative, Positive, Strict
 
-__all__ = ["LossConfig", "MinimalityConfig", "Term"]
+__all__ = ["NOTHING_TO_TRAIN", "LossConfig", "MinimalityConfig", "Term"]
+
+NOTHING_TO_TRAIN = "every coefficient is 0, so that nothing would be trained"
 
 
 def _between(first: float, last: float | None, begin: float, end: float, now: float) -> float:
@@ -172,6 +174,12 @@ class LossConfig(Strict):
     pgd_recon_subset: PGDSubsetTerm | None = None
     persistent_pgd_recon: PersistentPGDTerm | None = None
     importance_minimality: MinimalityConfig
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> LossConfig:
+        if not self.terms():
+            raise PydanticCustomError("losses", NOTHING_TO_TRAIN)
+        return self
 
     def terms(self) -> dict[str, Term]:
         """Name → every loss that takes part at some time."""

@@ -97,6 +97,9 @@ def test_without_a_method_a_configuration_is_spds():
          "losses.topk_recon.over_outputs=max"),
         ("lr_warm_up: .*got 2", "lr_warm_up=2"),
         ("sites: .*at least 1 item", "sites=[]"),
+        ("losses: every coefficient is 0",
+         "losses={faithfulness: 0, topk_recon: {coeff: 0, over_outputs: mean}, "
+         "schatten: {coeff: 0, p: 1}}"),
         ("top_k 0.0001 keeps no component of a batch of 2048", "top_k=0.0001"),
         ("activation_recon compares .* residual MLPs only", "losses.activation_recon=1"),
     ],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from spd_fast.errors import UserError
 from spd_fast.train import Config, load_config, parse_config, set_keys
-from spd_fast.train.config import MinimalityConfig
+from spd_fast.train.config import MinimalityConfig, _models
 
 BASE = {
     "name": "toy",
@@ -122,6 +124,53 @@ def test_a_missing_key_is_named(key):
     data = {k: v for k, v in BASE.items() if k != key}
     with pytest.raises(UserError, match=f"missing key '{key}"):
         parse_config(data)
+
+
+def test_a_target_without_a_kind_misses_it():
+    with pytest.raises(UserError, match=r"^missing key 'target.kind'$"):
+        parse_config(BASE | {"target": {"features": 5}})
+
+
+def nested(kind: type[BaseModel], path: tuple[str, ...] = ()) -> list[str]:
+    """The dotted keys of every configuration object in a configuration."""
+    found = []
+    for name, field in kind.model_fields.items():
+        for model in _models(field.annotation):
+            found += [".".join((*path, name)), *nested(model, (*path, name))]
+    return sorted(set(found))
+
+
+# A loss that has no options of its own may be a number instead of a mapping.
+ALWAYS_MAPPINGS = [
+    key
+    for key in nested(Config)
+    if key.count(".") == 0 or key.endswith("minimality") or "pgd" in key
+]
+
+
+@pytest.mark.parametrize("key", ALWAYS_MAPPINGS)
+def test_a_number_where_a_mapping_is_needed_is_answered_with_its_keys(key):
+    assert "losses.pgd_recon" in ALWAYS_MAPPINGS
+    message = error(f"{key}=2")
+    assert re.fullmatch(rf"{key}: input should be a mapping with keys '\w+', .*, got 2", message)
+    assert "instance" not in message
+
+
+def test_of_many_keys_some_are_told():
+    assert error("losses=2").endswith(", 'ci_masked_recon_layerwise', …, got 2")
+    assert "…" not in error("ci_transformer=2")
+
+
+def test_a_number_where_a_list_is_needed_says_so():
+    assert error("ci_hidden=16") == "ci_hidden: input should be a list, got 16"
+
+
+def test_losses_that_train_nothing_are_an_error():
+    nothing = ["faithfulness", "stochastic_recon", "stochastic_recon_layerwise"]
+    changes = [f"losses.{n}=0" for n in [*nothing, "importance_minimality.coeff"]]
+    assert error(*changes) == ("losses: every coefficient is 0, so that nothing would be trained")
+    parse(*changes[1:])
+    parse(*changes, "losses.faithfulness={coeff: 0, coeff_final: 1}")
 
 
 def test_a_missing_nested_key_is_named_with_its_path():
@@ -271,6 +320,26 @@ def test_a_file_that_is_no_text_is_an_error(tmp_path):
         load_config(write(tmp_path, b"\xff\xfe\x00"))
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "a", "lines 1 and 3"),
+        ("b:\n  x: 1\n  y: 2\n  'y': 3\n", "y", "lines 3 and 4"),
+        ("b: [{c: 1, c: 2}]", "c", "line 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_an_error(tmp_path, text, key, lines):
+    with pytest.raises(UserError, match=rf"run.yaml: key '{key}' stands twice, in {lines}$"):
+        load_config(write(tmp_path, text))
+
+
+def test_a_merged_key_may_be_overridden(tmp_path):
+    text = "c: &c {x: 0}\na: {b: &b {<<: *c, x: 1}}\nd: {<<: *b, x: 2}\ne: {<<: *c, <<: {z: 3}}\n"
+    assert load_config(write(tmp_path, text)) == {
+        "c": {"x": 0}, "a": {"b": {"x": 1}}, "d": {"x": 2}, "e": {"x": 0, "z": 3},
+    }  # fmt: skip
+
+
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         load_config(tmp_path / "none.yaml")
@@ -309,6 +378,23 @@ def test_any_value_of_any_key_is_accepted_or_an_error_that_names_it(key, value):
 def test_assignments_reach_nested_keys():
     data = set_keys({"a": {"b": 1, "c": 2}}, ["a.b=3", "d.e=[1, x]"])
     assert data == {"a": {"b": 3, "c": 2}, "d": {"e": [1, "x"]}}
+
+
+def test_a_mapping_takes_the_place_of_the_whole_mapping():
+    assert set_keys({"a": {"b": 1, "c": 2}}, ["a={c: 3}"]) == {"a": {"c": 3}}
+    assert set_keys({"a": {"b": 1}}, ["a={}", "a.c=2"]) == {"a": {"c": 2}}
+    assert parse("sites={linear1: 4}").sites == {"linear1": 4}
+    assert error("sites={}").startswith("sites: ")
+
+
+def test_a_mapping_is_still_filled_up_by_the_preset():
+    config = parse("losses={importance_minimality: {coeff: 1, p: 2}}", "warm_up={}")
+    assert config.losses.faithfulness == 1
+    assert config.warm_up.steps == 0
+
+
+def test_an_assignment_below_what_is_no_mapping_makes_one():
+    assert set_keys({"a": 1}, ["a.b=2"]) == {"a": {"b": 2}}
 
 
 def test_assignments_leave_their_input_alone():
