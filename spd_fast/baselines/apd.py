@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spd_fast import ops
+from spd_fast import backends, ops
 from spd_fast._seeds import mixed_seed
 from spd_fast.errors import UserError
 from spd_fast.model.replay import overridden_forwards
@@ -134,7 +134,8 @@ class APDModel(SiteModel):
         backend: who computes faithfulness.
 
     Raises:
-        UserError: a pattern without match, or sites of different C.
+        UserError: a pattern without match, sites of different C, or a backend that cannot run here
+            or on the target's device.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class APDModel(SiteModel):
         object.__setattr__(self, "target", target)
         target.requires_grad_(False)
         self.sites = resolve_sites(target, sites)
+        backends.check_backend(backend, next(iter(self.sites.values())).weight.device)
         self._submodules = {name: target.get_submodule(name) for name in self.sites}
         counts = {name: site.components for name, site in self.sites.items()}
         if len(set(counts.values())) != 1:

@@ -9,7 +9,8 @@ N(0, std²) with std √2/√fan_in before a GELU and 1/√fan_in elsewhere.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "TransformerCI",
     "TransformerShape",
     "VectorMLP",
+    "hidden_widths",
     "make_ci_fn",
     "make_global_ci_fn",
 ]
@@ -202,6 +204,18 @@ def make_ci_fn(
             "'mlp', 'linear', 'global_mlp' or 'transformer'"
         )
     return (VectorMLP if kind == "vector_mlp" else SharedMLP)(components, d_in, hidden, generator)
+
+
+def hidden_widths(given: Iterable[int]) -> list[int]:
+    """``given`` as a list of whole numbers.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return [operator.index(width) for width in given]
+    except TypeError:
+        raise UserError(f"ci_hidden lists hidden widths, such as (16,); got {given!r}") from None
 
 
 def _check(kind: str, hidden: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spd_fast import ops
+from spd_fast import backends, ops
 from spd_fast._seeds import mixed_seed
 from spd_fast.errors import UserError, nearest
 from spd_fast.model.calling import Caller, OutputSelector
@@ -23,6 +23,7 @@ from spd_fast.model.ci_fns import (
     MLPGate,
     TransformerCI,
     TransformerShape,
+    hidden_widths,
     make_ci_fn,
     make_global_ci_fn,
 )
@@ -128,7 +129,7 @@ class DecomposedModel(SiteModel):
 
     Raises:
         UserError: a site pattern without match, a module that cannot be decomposed, C < 1, unknown
-            options.
+            options, a backend that cannot run here or on the target's device.
     """
 
     caller: Caller
@@ -154,8 +155,10 @@ class DecomposedModel(SiteModel):
         super().__init__()
         check_sigmoid(sigmoid)
         check_gate_eval(gate_eval)
+        ci_hidden = hidden_widths(ci_hidden)
         target = _module(target)
         self.sites = resolve_sites(target, sites)
+        backends.check_backend(backend, next(iter(self.sites.values())).weight.device)
         # The target and what refers to it stay outside the module tree.
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "caller", Caller(target, output, adapter))
@@ -164,7 +167,7 @@ class DecomposedModel(SiteModel):
         self.gate_eval: GateEval = gate_eval
         self.options = {
             "ci_fn": ci_fn,
-            "ci_hidden": list(ci_hidden),
+            "ci_hidden": ci_hidden,
             "sigmoid": sigmoid,
             "gate_eval": gate_eval,
             "init": init,

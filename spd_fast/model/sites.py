@@ -135,8 +135,8 @@ class SiteModel(nn.Module):
 
 
 def _describe(name: str, module: nn.Module) -> str:
-    weight = getattr(module, "weight", None)
-    shape = f" {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
+    matrix = _matrix(module)
+    shape = "" if matrix is None else f" {matrix[1].shape[1]} → {matrix[1].shape[0]}"
     return f"{name!r} ({type(module).__name__}{shape})"
 
 

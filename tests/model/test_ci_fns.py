@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spd_fast.errors import UserError
-from spd_fast.model.ci_fns import make_ci_fn
+from spd_fast.model.ci_fns import hidden_widths, make_ci_fn
 
 
 def gate(kind="mlp", hidden=(16,), C=5, seed=0):
@@ -74,3 +74,15 @@ def test_an_unknown_kind_is_an_error():
 def test_hidden_widths_below_one_are_an_error(hidden):
     with pytest.raises(UserError, match="'mlp' needs hidden widths of at least 1"):
         gate(hidden=hidden)
+
+
+@pytest.mark.parametrize("given", [16, None, "16", [16, "8"], (16.0,)])
+def test_hidden_widths_that_are_no_list_of_whole_numbers_are_an_error(given):
+    with pytest.raises(UserError, match=r"ci_hidden lists hidden widths, such as \(16,\); got "):
+        hidden_widths(given)
+
+
+def test_hidden_widths_may_be_whole_numbers_of_any_library():
+    widths = hidden_widths(torch.tensor([16, 8]))
+    assert widths == [16, 8]
+    assert {type(w) for w in widths} == {int}

@@ -62,7 +62,7 @@ def test_a_site_without_bias_has_none():
 def test_no_match_lists_the_closest_names_with_shapes():
     with pytest.raises(UserError, match=r"'blocks.\*.upp' matches no module") as caught:
         resolve_sites(Net(), {"blocks.*.upp": 3})
-    assert "'blocks.0.up' (Linear (6, 4))" in str(caught.value)
+    assert "'blocks.0.up' (Linear 4 → 6)" in str(caught.value)
 
 
 def test_a_module_that_is_no_linear_layer_is_named_with_its_kind():
@@ -134,3 +134,11 @@ def test_the_same_square_weight_used_twice_is_not_taken_for_a_transpose():
 def test_tied_sites_with_different_numbers_of_components_are_an_error():
     with pytest.raises(UserError, match="'linear1' and 'linear2' are tied and need the same C"):
         resolve_sites(TMS(5, 2), {"linear1": 4, "linear2": 3})
+
+
+def test_shapes_read_as_in_a_plan_whatever_the_kind():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6))
+    with pytest.raises(UserError) as caught:
+        resolve_sites(net, {"2": 3})
+    assert "'0' (Embedding 9 → 4)" in str(caught.value)
+    assert "'1' (Linear 4 → 6)" in str(caught.value)
