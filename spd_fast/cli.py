@@ -102,7 +102,7 @@ def run(
         together = out or Path("runs") / next(iter(configs.values())).name
         found, summary = experiments.run_seeds(
             configs, together, device=device, backend=backend, jobs=jobs, finish=write_report,
-            quiet=quiet,
+            unfinished=lambda folder: not (folder / "report.html").is_file(), quiet=quiet,
         )  # fmt: skip
         print(results_table([o.evaluation for o in found.values() if o.evaluation is not None]))
         print(seeds_summary(summary))

@@ -27,6 +27,12 @@ def test_seeds_are_run_reported_and_summed_up(tmp_path, capsys):
     assert printed.count("tms_5-2  ") == 1
     assert "tms_5-2: recovered on" in printed
     assert str(out / "aggregate.json") in printed
+    # A kill between evaluation and report.
+    (out / "seed1" / "report.html").unlink()
+    evaluation = (out / "seed1" / "eval.json").read_bytes()
+    assert call("run", "tms_5-2", *TINY, "--seeds", "1", "--out", str(out), "--quiet") == 0
+    assert (out / "seed1" / "report.html").is_file()
+    assert (out / "seed1" / "eval.json").read_bytes() == evaluation
 
 
 @pytest.mark.parametrize(

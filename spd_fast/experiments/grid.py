@@ -17,7 +17,7 @@ from spd_fast._files import write_bytes
 from spd_fast.errors import Diverged, UserError
 from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.records import read_evaluation
-from spd_fast.experiments.runs import Run, check_device, run
+from spd_fast.experiments.runs import Run, check_device, load_run, run
 from spd_fast.train import load_config
 from spd_fast.train.progress import Progress
 
@@ -74,8 +74,14 @@ def _run_one(
     device: str | None,
     backend: str | None,
     finish: Callable[[Run], Any] | None,
+    trained: bool,
     quiet: bool,
 ) -> Outcome:
+    if trained:
+        done = load_run(folder, device=device, backend=backend)
+        if finish is not None:
+            finish(done)
+        return Outcome(done.evaluation())
     try:
         done = run(config, folder, device=device, backend=backend, resume=True, quiet=quiet)
     except Diverged as error:
@@ -104,6 +110,7 @@ def run_grid(
     backend: str | None = None,
     jobs: int = 1,
     finish: Callable[[Run], Any] | None = None,
+    unfinished: Callable[[Path], bool] | None = None,
     quiet: bool = False,
 ) -> dict[str, Outcome]:
     """Carry out every run (key → configuration) in ``folder/KEY``.
@@ -114,6 +121,8 @@ def run_grid(
         jobs: runs side by side, each in a process of its own with its share of the threads.
         finish: called with every newly finished run (its report, say); with several jobs, in the
             run's process.
+        unfinished: whether what ``finish`` writes last is missing from a run's folder: then it is
+            called again, for a run that was killed on the way there.
 
     Raises:
         UserError: bad input, found before the first run.
@@ -124,10 +133,18 @@ def run_grid(
     if jobs > 1 and chosen.type == "cuda":
         raise UserError("--jobs shares out the CPU's threads; on a GPU run one after another")
     found = outcomes(configs, folder)
-    pending = {key: config for key, config in configs.items() if key not in found}
+    trained = [
+        key
+        for key, outcome in found.items()
+        if unfinished is not None and outcome.evaluation is not None and unfinished(folder / key)
+    ]
     arguments = {
-        key: (config, folder / key, device, backend, finish) for key, config in pending.items()
+        key: (config, folder / key, device, backend, finish, key in trained)
+        for key, config in configs.items()
+        if key not in found or key in trained
     }
+    for key in trained:
+        del found[key]
     with Progress(label, len(configs), len(found), quiet=quiet, interval=0) as progress:
         done = (
             ((key, _run_one(*given, quiet)) for key, given in arguments.items())

@@ -117,10 +117,11 @@ def run_seeds(
     backend: str | None = None,
     jobs: int = 1,
     finish: Callable[[Run], Any] | None = None,
+    unfinished: Callable[[Path], bool] | None = None,
     quiet: bool = False,
 ) -> tuple[dict[int, Outcome], dict[str, Any]]:
     """Carry out every seed's run (seed → configuration) in ``out/seedS``, and write
-    ``out/aggregate.json``.
+    ``out/aggregate.json``. Options as of :func:`~spd_fast.experiments.run_grid`.
 
     Returns:
         seed → outcome, and the aggregate.
@@ -133,7 +134,7 @@ def run_seeds(
     found = run_grid(
         {f"seed{seed}": config for seed, config in configs.items()}, out,
         label=f"{name}, {len(configs)} seeds", device=device, backend=backend, jobs=jobs,
-        finish=finish, quiet=quiet,
+        finish=finish, unfinished=unfinished, quiet=quiet,
     )  # fmt: skip
     by_seed = {seed: found[f"seed{seed}"] for seed in configs}
     together = aggregate(name, by_seed)

@@ -102,7 +102,7 @@ def paper(options: Options, only: str | None = None, memory_mb: float | None = N
         raise UserError(f"--only {only!r} matches no run; runs are called as {next(iter(runs))!r}")
     found = run_grid(
         chosen, options.out, label="paper", device=options.device, backend=options.backend,
-        jobs=options.jobs, finish=_report, quiet=options.quiet,
+        jobs=options.jobs, finish=_report, unfinished=_lacks_report, quiet=options.quiet,
     )  # fmt: skip
     written = _aggregates(found, options.out)
     for name, plan in plans.items():
@@ -119,9 +119,17 @@ def paper(options: Options, only: str | None = None, memory_mb: float | None = N
     return written
 
 
-def _report(run: Any) -> None:
+def _has_report(folder: Path) -> bool:
     # A study's run is one of many: its numbers are in the study's table.
-    if "studies" not in run.folder.parts:
+    return "studies" not in folder.parts
+
+
+def _lacks_report(folder: Path) -> bool:
+    return _has_report(folder) and not (folder / "report.html").is_file()
+
+
+def _report(run: Any) -> None:
+    if _has_report(run.folder):
         write_report(run)
 
 

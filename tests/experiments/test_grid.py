@@ -54,6 +54,33 @@ def test_only_what_is_missing_is_run_and_handed_on(copied):
     assert (copied / "b" / "eval.json").exists()
 
 
+def test_what_a_kill_left_unfinished_is_finished_and_not_trained_again(copied):
+    (copied / "a" / "page").write_text("there")
+    before = tree(copied)
+
+    def finish(run):
+        (run.folder / "page").write_text(str(run.evaluation()["seed"]))
+
+    def unfinished(folder):
+        return not (folder / "page").exists()
+
+    options = {"label": "two", "finish": finish, "unfinished": unfinished, "quiet": True}
+    found = run_grid(CONFIGS, copied, **options)
+    assert list(found) == ["a", "b"]
+    assert found == outcomes(CONFIGS, copied)
+    assert tree(copied) == before | {"b/page": b"2"}
+
+
+def test_a_run_that_diverged_has_nothing_to_finish(tmp_path):
+    configs = {"bad": small(*FEW, "lr=1e30", "checkpoint_every=1")}
+    for _ in range(2):
+        finished = []
+        found = run_grid(configs, tmp_path, label="one", quiet=True,
+                         finish=finished.append, unfinished=lambda _: True)  # fmt: skip
+        assert found["bad"].diverged
+        assert finished == []
+
+
 def test_outcomes_come_in_the_order_of_the_runs(copied):
     shutil.rmtree(copied / "a")
     assert list(run_grid(CONFIGS, copied, label="two", quiet=True)) == ["a", "b"]
