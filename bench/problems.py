@@ -6,7 +6,8 @@ Providers:
 - ``compile``: torch.compile (inductor, static shapes) of the reference: of an operation its whole
   function; of a training step everything from the batch to the losses as one graph, with its
   backward; the fused AdamW and the batch are what they are for everybody.
-- ``cpu`` and other backends of spd_fast.
+- ``cpu`` and other backends of spd_fast, with exact gates.
+- ``cpu-interpolated``: a training step with the gates that `spd-fast run` takes on a CPU.
 """
 
 from __future__ import annotations
@@ -26,9 +27,18 @@ from spd_fast.ops import Penalty, make_key
 from spd_fast.ops._fused import per_component
 from spd_fast.train import Trainer, parse_config
 
-__all__ = ["PROVIDERS", "Problem", "prepare", "site_tensors", "step_trainer", "unavailable_reason"]
+__all__ = [
+    "INTERPOLATED",
+    "PROVIDERS",
+    "Problem",
+    "prepare",
+    "site_tensors",
+    "step_trainer",
+    "unavailable_reason",
+]
 
-PROVIDERS = ("reference", "compile", "cpu", "triton", "cuda")
+INTERPOLATED = "cpu-interpolated"
+PROVIDERS = ("reference", "compile", "cpu", INTERPOLATED, "triton", "cuda")
 SEED = 0
 # A logit this close to 0 or 1 gets its sigmoid's derivative by a coin toss in float32.
 KINK = 1e-5
@@ -38,7 +48,8 @@ PER_COMPONENT = ("inner", "lower", "grad_inner", "grad_lower")
 
 def unavailable_reason(provider: str) -> str | None:
     """Why a provider cannot run here, or None."""
-    return None if provider == "compile" else backends.unavailable_reason(provider)
+    backend = provider.removesuffix("-interpolated")
+    return None if provider == "compile" else backends.unavailable_reason(backend)
 
 
 class Problem(Protocol):
@@ -61,6 +72,8 @@ def prepare(
     """The workload for one provider, in another dtype than its own if asked for.
 
     Args:
+        provider: one of ``PROVIDERS``, or ``reference-interpolated``, what interpolated gates are
+            held to.
         tensors: of an operation, where several providers share them; drawn anew otherwise.
     """
     dtype = dtype or workload.dtype
@@ -215,6 +228,9 @@ def step_trainer(
 ) -> Trainer:
     """A trainer at step 0 of an experiment. Its target is freshly initialised, not trained: what a
     step costs does not depend on the target's weights."""
+    interpolated = provider.endswith("-interpolated")
+    provider = provider.removesuffix("-interpolated")
+    gate_eval: ops.GateEval = "interpolated" if interpolated else "exact"
     config = parse_config(recipe(experiment))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -224,7 +240,7 @@ def step_trainer(
         target.tie()
     model = DecomposedModel(
         target, config.sites, ci_fn=config.ci_fn, ci_hidden=config.ci_hidden,
-        sigmoid=config.sigmoid, gate_eval=config.gate_eval, init=config.init, delta=config.delta,
+        sigmoid=config.sigmoid, gate_eval=gate_eval, init=config.init, delta=config.delta,
         seed=SEED, backend="reference" if provider == "compile" else provider,
     )  # fmt: skip
     size = batch or config.batch_size

@@ -169,6 +169,7 @@ class Workload:
             constants to set a measurement against, not measured here.
         compiled: whether torch.compile takes part unless asked for: its compilation of a whole
             step takes minutes.
+        interpolated: whether steps with interpolated gates are measured besides.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Workload:
     authors_ms: tuple[float, float] | None = None
     authors_mb: float | None = None
     compiled: bool = False
+    interpolated: bool = False
 
     def small(self) -> Workload:
         raise NotImplementedError
@@ -225,13 +227,14 @@ def _step(
     peak_mb: float | None = None,
     authors_mb: float | None = None,
     compiled: bool = False,
+    interpolated: bool = False,
 ) -> StepWorkload:
     bars = [Bar("speedup", speedup), Bar("speedup_over_authors", over_authors)]
     if peak_mb is not None:
         bars.append(Bar("peak_mb", peak_mb))
     return StepWorkload(
         experiment, bars=tuple(bars), authors_ms=authors_ms, authors_mb=authors_mb,
-        compiled=compiled, experiment=experiment,
+        compiled=compiled, interpolated=interpolated, experiment=experiment,
     )  # fmt: skip
 
 
@@ -239,8 +242,8 @@ CPU_SHAPE = Shape(4096, 512, 512, 1024)
 CPU: dict[str, Workload] = {
     w.name: w
     for w in (
-        _step("tms_5-2", 8, 10, (45, 60), compiled=True),
-        _step("tms_40-10", 12, 15, (590, 660)),
+        _step("tms_5-2", 8, 10, (45, 60), compiled=True, interpolated=True),
+        _step("tms_40-10", 12, 15, (590, 660), interpolated=True),
         _step("resid_mlp1", 2.5, 3.5, (220, 220)),
         _step("resid_mlp2", 4, 5, (1700, 1700)),
         _step("resid_mlp3", 12, 15, (21600, 21600), peak_mb=1024, authors_mb=8.8 * 1024),

@@ -20,11 +20,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.problems import PROVIDERS, Problem, prepare, site_tensors, unavailable_reason
+from bench.problems import (
+    INTERPOLATED,
+    PROVIDERS,
+    Problem,
+    prepare,
+    site_tensors,
+    unavailable_reason,
+)
 from bench.registry import CPU, OPERATIONS, OperationWorkload, Workload, select
 from spd_fast import ops
 
-__all__ = ["Verdict", "compare", "error", "first_results", "shared_tensors", "truth"]
+__all__ = ["Verdict", "compare", "error", "first_results", "shared_tensors", "truth", "yardstick"]
 
 # Roundings of the largest entry that a result may be off whatever the eager error is.
 ROUNDINGS = {torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -113,10 +120,18 @@ def first_results(problem: Problem) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in problem.results().items()}
 
 
-def truth(workload: Workload, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """What the reference computes in float64."""
+def yardstick(provider: str) -> str:
+    """The reference that a provider is held to: with interpolated gates where its own are. (That
+    those are within 1e-5 of exact ones is what tests/ops/test_interpolation.py decides.)"""
+    return "reference-interpolated" if provider == INTERPOLATED else "reference"
+
+
+def truth(
+    workload: Workload, tensors: dict[str, Tensor] | None, reference: str = "reference"
+) -> dict[str, Tensor]:
+    """What a reference computes in float64."""
     with _recomputed_gates():
-        return first_results(prepare(workload, "reference", torch.float64, tensors))
+        return first_results(prepare(workload, reference, torch.float64, tensors))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,8 +151,14 @@ def main(arguments: list[str] | None = None) -> int:
             if reason := unavailable_reason(provider):
                 print(f"{workload.name:<24}{provider:<11}not available: {reason}")
                 continue
+            if provider == INTERPOLATED and not workload.interpolated:
+                continue
+            held = exact, eager
+            if (reference := yardstick(provider)) != "reference":
+                rival = prepare(workload, reference, tensors=tensors)
+                held = truth(workload, tensors, reference), first_results(rival)
             results = first_results(prepare(workload, provider, tensors=tensors))
-            verdict = compare(results, eager, exact)
+            verdict = compare(results, held[1], held[0])
             print(f"{workload.name:<24}{provider:<11}{verdict.ratio:<26.2f}{verdict.worst}")
             for line in verdict.failures:
                 print(f"    WRONG {line}")

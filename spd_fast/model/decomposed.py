@@ -32,7 +32,7 @@ from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
 from spd_fast.model.sites import Site, SiteModel, resolve_sites, submodules
-from spd_fast.ops.gate import GateEval, check_gate_eval
+from spd_fast.ops.gate import GateEval, check_gate_eval, definite_eval
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid
 
@@ -115,8 +115,8 @@ class DecomposedModel(SiteModel):
             ``linear``, ``vector_mlp``, ``shared_mlp``, ``global_mlp``, ``transformer``.
         ci_transformer: ``d_model``, ``layers`` and ``heads`` of the last one.
         sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.
-        gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``, or
-            ``interpolated`` within 1e-5.
+        gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``,
+            ``interpolated`` within 1e-5, or ``auto``: the faster of the two on this backend.
         init: preset of the initialisation of V and U, ``paper`` or ``2026``.
         delta: whether stochastic masks include the weight delta.
         output: which tensor of what the target returns is its output: a field name such as
@@ -365,7 +365,8 @@ class DecomposedModel(SiteModel):
 
         def logits() -> Tensor:
             rows = inner.reshape(-1, inner.shape[-1])
-            s = ops.gate_logits(rows, network.weights, network.biases, gate_eval)
+            evaluated = definite_eval(gate_eval, self.backend, x, network.weights, self.sigmoid)
+            s = ops.gate_logits(rows, network.weights, network.biases, evaluated)
             return s.reshape(inner.shape)
 
         return SiteImportances(

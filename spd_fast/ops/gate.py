@@ -36,14 +36,15 @@ __all__ = [
     "check",
     "check_gate_eval",
     "check_layers",
+    "definite_eval",
     "fused_layers",
     "gate",
     "gate_logits",
     "unsupported",
 ]
 
-GateEval = Literal["exact", "interpolated"]
-GATE_EVALS: tuple[GateEval, ...] = ("exact", "interpolated")
+GateEval = Literal["auto", "exact", "interpolated"]
+GATE_EVALS: tuple[GateEval, ...] = ("auto", "exact", "interpolated")
 
 
 def check_gate_eval(gate_eval: str) -> None:
@@ -193,6 +194,32 @@ class _Gate(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
+def _chosen_eval(
+    gate_eval: GateEval, backend: str, x: Tensor, weights: Sequence[Tensor]
+) -> GateEval:
+    """``auto`` made definite: interpolated where that is faster, which is on the CPU's kernels."""
+    if gate_eval != "auto":
+        return gate_eval
+    faster = backend == "cpu" and len(weights) == 2 and x.dtype == torch.float32
+    return "interpolated" if faster else "exact"
+
+
+def definite_eval(
+    gate_eval: GateEval,
+    backend: str | None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    sigmoid: SigmoidKind,
+) -> GateEval:
+    """How :func:`gate` evaluates these gates."""
+    if gate_eval != "auto":
+        return gate_eval
+    chosen = backends.resolve(
+        backend, x.device, "gate", lambda name: unsupported(name, x, weights, sigmoid)
+    )
+    return _chosen_eval(gate_eval, chosen, x, weights)
+
+
 def unsupported(
     backend: str,
     x: Tensor,
@@ -201,7 +228,7 @@ def unsupported(
     gate_eval: GateEval = "exact",
 ) -> str | None:
     """Why ``backend`` cannot compute the gate of ``x``, or None."""
-    if gate_eval != "exact" and backend != "cpu":
+    if gate_eval == "interpolated" and backend != "cpu":
         return f"it evaluates gates exactly, not {gate_eval!r}"
     if len(weights) > 2:
         return f"its gates have one hidden layer, not {len(weights) - 1}"
@@ -275,7 +302,8 @@ def gate(
             in = 1 at the first layer and out = 1 at the last.
         sigmoid: preset of the pair of leaky sigmoids.
         penalty: ψ of the penalty sums; None leaves them zero.
-        gate_eval: ``exact``, or ``interpolated``: s within 1e-5, with the interpolant's gradients.
+        gate_eval: ``exact``; ``interpolated``: s within 1e-5, with the interpolant's gradients;
+            ``auto``: interpolated in float32 on the ``cpu`` backend, exact elsewhere.
 
     Raises:
         ValueError: shapes that do not fit. UserError: unknown sigmoid, gate_eval or backend.
@@ -287,7 +315,8 @@ def gate(
     chosen = backends.resolve(
         backend, x.device, "gate", lambda name: unsupported(name, x, weights, sigmoid, gate_eval)
     )
-    options = (sigmoid, penalty.kind, penalty.power, penalty.eps, gate_eval)
+    evaluated = _chosen_eval(gate_eval, chosen, x, weights)
+    options = (sigmoid, penalty.kind, penalty.power, penalty.eps, evaluated)
     if chosen == "reference":
         out = _reference(rows, V, list(weights), list(biases), *options)
     else:

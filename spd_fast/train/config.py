@@ -193,7 +193,7 @@ class RunConfig(TrainConfig):
     ci_fn: CIFnKind = "mlp"
     ci_hidden: tuple[Count, ...] = (16,)
     ci_transformer: TransformerConfig | None = None
-    gate_eval: Literal["exact", "interpolated"] = "exact"
+    gate_eval: Literal["auto", "exact", "interpolated"] = "auto"
     sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], NAME]
     init: Annotated[Literal["paper", "2026"], NAME]
     delta: bool

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from spd_fast.errors import UserError
+from spd_fast.model import DecomposedModel
 from spd_fast.ops import Penalty
 from tests import oracle, toys
+from tests.conftest import needs_extension
 
 
 @pytest.mark.parametrize("sigmoid", ["paper", "2026", "hard", "normal"])
@@ -36,6 +38,21 @@ def test_gates_can_be_interpolated():
         ):
             torch.testing.assert_close(value, sigmoid(s, "paper"), rtol=1e-11, atol=1e-12)
     assert interpolated > 10
+
+
+@needs_extension
+def test_upper_importances_are_of_the_gates_that_the_lower_ones_are_of():
+    x = 0.2 * toys.batch(1, 300, 4).float()
+    kinds = {}
+    for gate_eval in ("auto", "interpolated", "exact"):
+        model = DecomposedModel(
+            toys.Net(0).float(), toys.SITES, ci_hidden=(3,), gate_eval=gate_eval, backend="cpu"
+        )
+        got = model.causal_importances(model.clean_forward(x))
+        kinds[gate_eval] = [site.upper for site in got.values()]
+    for auto, interpolated, exact in zip(*kinds.values(), strict=True):
+        assert torch.equal(auto, interpolated)
+        assert not torch.equal(auto, exact)
 
 
 def test_an_unknown_evaluation_of_gates_is_an_error():

@@ -307,3 +307,20 @@ def test_opcheck_of_the_primitives():
     inner = forward(t["x"], t["V"], *rest, *options)[0]
     arguments = (*incoming(200, 3).values(), t["x"], t["V"], inner, *rest, *options, True)
     torch.library.opcheck(torch.ops.spd_fast.gate_interpolated_backward.default, arguments)
+
+
+@needs_extension
+def test_auto_interpolates_on_the_cpu_backend_in_single_precision() -> None:
+    t = smooth_inputs(300, 5, 6, 4)
+    single = {name: value.float() for name, value in t.items()}
+
+    def lower(inputs: dict[str, Tensor], backend: str, gate_eval: str) -> Tensor:
+        return runner(backend, gate_eval)(inputs)["lower"]
+
+    interpolated, exact = (lower(single, "cpu", e) for e in ("interpolated", "exact"))
+    assert not torch.equal(interpolated, exact)
+    assert torch.equal(lower(single, "cpu", "auto"), interpolated)
+    assert torch.equal(lower(t, "cpu", "auto"), lower(t, "cpu", "exact"))
+    for inputs in (single, t):
+        expected = lower(inputs, "reference", "exact")
+        assert torch.equal(lower(inputs, "reference", "auto"), expected)
