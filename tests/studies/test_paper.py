@@ -71,10 +71,12 @@ def test_the_paper_is_run_once_and_continued(tmp_path, little):
     (aggregate,) = paper(Options(out, quiet=True), only="tms_5-2/seed1")
     assert json.loads(aggregate.read_text())["seeds"] == [1]
     before = (out / "tms_5-2" / "seed1" / "eval.json").stat().st_mtime_ns
+    (out / "tms_5-2" / "seed1" / "report.html").unlink()  # as a kill before it leaves the run
     (aggregate,) = paper(Options(out, quiet=True))
     assert json.loads(aggregate.read_text())["seeds"] == [0, 1]
     assert (out / "tms_5-2" / "seed1" / "eval.json").stat().st_mtime_ns == before
-    assert (out / "tms_5-2" / "seed0" / "report.html").exists()
+    for seed in (0, 1):
+        assert (out / "tms_5-2" / f"seed{seed}" / "report.html").exists()
 
 
 def test_a_pattern_without_a_run_is_an_error(tmp_path):
