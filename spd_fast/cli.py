@@ -94,10 +94,13 @@ def run(
         if seed is not None:
             raise UserError("--seed and --seeds: give one of them")
         data = set_keys(experiments.recipe(experiment), changes)
-        configs = {
-            s: experiments.configuration(set_keys(data, [f"seed={s}"]))
-            for s in experiments.parse_seeds(seeds)
-        }
+        numbers = experiments.parse_seeds(seeds)
+        if experiments.language_configuration(data) is not None:
+            _run_language_seeds(
+                data, numbers, out, jobs, device=device, backend=backend, quiet=quiet
+            )
+            return
+        configs = {s: experiments.configuration(set_keys(data, [f"seed={s}"])) for s in numbers}
         _extension.keep_freed_memory()
         together = out or Path("runs") / next(iter(configs.values())).name
         found, summary = experiments.run_seeds(
@@ -233,6 +236,25 @@ def _run_language(config: Any, folder: Path, **options: Any) -> None:
     report_path = write_language_report(finished)
     print(language_table(finished.evaluation()))
     print(f"report: {report_path}")
+
+
+def _run_language_seeds(
+    data: dict[str, Any], seeds: list[int], out: Path | None, jobs: int, **options: Any
+) -> None:
+    from spd_fast import _extension, experiments
+    from spd_fast.experiments.language import run_language_seeds
+    from spd_fast.report.language import language_seeds_table, write_language_report
+    from spd_fast.train import set_keys
+
+    if jobs != 1:
+        raise UserError("--jobs: runs on a language model go one after another")
+    found = {s: experiments.language_configuration(set_keys(data, [f"seed={s}"])) for s in seeds}
+    configs = {s: config for s, config in found.items() if config is not None}
+    together = out or Path("runs") / next(iter(configs.values())).name
+    _extension.keep_freed_memory()
+    summary = run_language_seeds(configs, together, finish=write_language_report, **options)
+    print(language_seeds_table(summary))
+    print(f"aggregate: {together / 'aggregate.json'}")
 
 
 def _language_run(folder: Path, device: str | None, backend: str | None) -> Any:

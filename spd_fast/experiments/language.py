@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from spd_fast import backends, targets
 from spd_fast._files import alone_in, write_bytes
 from spd_fast.data import ArrayBatches, PackedTokens, StreamBatches, dataset_rows, load_tokens
 from spd_fast.data.arrays import check_range
-from spd_fast.errors import UserError
+from spd_fast.errors import Diverged, UserError
 from spd_fast.evaluate.language import evaluate_language
 from spd_fast.experiments.records import read_language_evaluation, read_metrics
 from spd_fast.experiments.runs import (
@@ -26,6 +26,7 @@ from spd_fast.experiments.runs import (
     peak_memory_mb,
     training_time,
 )
+from spd_fast.experiments.seeds import check_seeds_folder, spread
 from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.train import Trainer, load_config
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_language_run",
     "load_language_run",
     "run_language",
+    "run_language_seeds",
     "token_batches",
 ]
 
@@ -213,7 +215,8 @@ def load_language_run(
 
 
 def _frontier(run: LanguageRun) -> list[dict[str, float]]:
-    """KL against L0 at every checkpoint that was kept. The model is left as it was."""
+    """KL and next-token loss against L0 at every checkpoint that was kept. The model is left as it
+    was."""
     model = run.model
     final = {k: v.clone() for k, v in model.state_dict().items()}
     points = []
@@ -222,14 +225,13 @@ def _frontier(run: LanguageRun) -> list[dict[str, float]]:
         model.load_state_dict(checkpoint.model)
         batches = (b for i, b in enumerate(run.evaluation_batches()) if i < FRONTIER_BATCHES)
         found = evaluate_language(model, batches, seed=run.config.seed)
-        kl = found["kl"]
+        masks = ("ci", "stochastic", "unmasked")
         points.append(
             {
                 "step": checkpoint.step,
                 "l0": found["l0"],
-                "kl_ci": kl["ci"],
-                "kl_stochastic": kl["stochastic"],
-                "kl_unmasked": kl["unmasked"],
+                **{f"kl_{mask}": found["kl"][mask] for mask in masks},
+                **{f"ce_{mask}": found["ce"][mask] for mask in ("target", *masks)},
             }
         )
     model.load_state_dict(final)
@@ -263,3 +265,76 @@ def evaluate_language_run(run: LanguageRun) -> dict[str, Any]:
     }
     write_bytes(run.folder / "eval.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
+
+
+def _finished(folder: Path, config: LanguageConfig) -> dict[str, Any] | None:
+    """What is known of a seed's run already: its eval.json, or None."""
+    held = folder / "config.yaml"
+    if not held.exists():
+        return None
+    if load_config(held) != json.loads(config.model_dump_json()):
+        raise UserError(
+            f"{folder} holds a run with other settings; choose another --out, or remove it"
+        )
+    return read_language_evaluation(folder) if (folder / "eval.json").exists() else None
+
+
+def aggregate_language(
+    name: str, found: Mapping[int, dict[str, Any]], diverged: Mapping[int, str]
+) -> dict[str, Any]:
+    """Spread over seeds (seed → eval.json) of next-token loss and KL by masking, and of L0."""
+    evaluations = list(found.values())
+
+    def over(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        return {key: spread([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+
+    return {
+        "name": name,
+        "seeds": sorted({*found, *diverged}),
+        "diverged": dict(diverged),
+        "ce": over([e["ce"] for e in evaluations]),
+        "kl": over([e["kl"] for e in evaluations]),
+        **over([{k: e[k] for k in ("l0", "seconds", "ms_per_step")} for e in evaluations]),
+    }
+
+
+def run_language_seeds(
+    configs: Mapping[int, LanguageConfig],
+    out: Path,
+    *,
+    finish: Callable[[LanguageRun], Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Carry out every seed's run (seed → configuration) in ``out/seedS``, one after another, and
+    write ``out/aggregate.json``. Finished runs stay, killed ones continue; one that diverges is
+    left out of the means.
+
+    Args:
+        finish: called with every newly finished run (its report, say).
+        options: of :func:`run_language`.
+
+    Returns:
+        The aggregate.
+
+    Raises:
+        UserError: bad input; one line.
+    """
+    check_seeds_folder(out)
+    found: dict[int, dict[str, Any]] = {}
+    diverged: dict[int, str] = {}
+    held = {seed: _finished(out / f"seed{seed}", config) for seed, config in configs.items()}
+    for seed, config in configs.items():
+        evaluation = held[seed]
+        if evaluation is None:
+            try:
+                done = run_language(config, out / f"seed{seed}", resume=True, **options)
+            except Diverged as error:
+                diverged[seed] = str(error)
+                continue
+            if finish is not None:
+                finish(done)
+            evaluation = done.evaluation()
+        found[seed] = evaluation
+    together = aggregate_language(next(iter(configs.values())).name, found, diverged)
+    write_bytes(out / "aggregate.json", (json.dumps(together, indent=2) + "\n").encode())
+    return together

@@ -15,7 +15,7 @@ from spd_fast.experiments.grid import Outcome, run_grid
 from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.runs import Run
 
-__all__ = ["aggregate", "parse_seeds", "run_seeds", "spread"]
+__all__ = ["aggregate", "check_seeds_folder", "parse_seeds", "run_seeds", "spread"]
 
 MOST_SEEDS = 1000
 # A site's numbers in eval.json that have a mean over seeds.
@@ -94,7 +94,8 @@ def aggregate(name: str, found: Mapping[int, Outcome]) -> dict[str, Any]:
     }
 
 
-def _check_folder(out: Path) -> None:
+def check_seeds_folder(out: Path) -> None:
+    """Raise UserError where ``out`` holds anything but runs by seed and their aggregate."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if (out / "config.yaml").exists():
@@ -129,7 +130,7 @@ def run_seeds(
     Raises:
         UserError: bad input; one line.
     """
-    _check_folder(out)
+    check_seeds_folder(out)
     name = next(iter(configs.values())).name
     found = run_grid(
         {f"seed{seed}": config for seed, config in configs.items()}, out,

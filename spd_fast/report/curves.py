@@ -45,6 +45,7 @@ LOSS_NAMES = {
     "faithfulness": "faithfulness",
     "stochastic_recon": "stochastic recon",
     "stochastic_recon_layerwise": "layerwise recon",
+    "ci_masked_recon": "CI-masked recon",
     "importance_minimality": "importance minimality",
     "topk_recon": "reconstruction, kept alone",
     "schatten": "Schatten simplicity",

@@ -37,7 +37,7 @@ from spd_fast.report.style import (
 )
 from spd_fast.train.config import LanguageConfig
 
-__all__ = ["language_table", "write_components", "write_language_report"]
+__all__ = ["language_seeds_table", "language_table", "write_components", "write_language_report"]
 
 # Components of each site in a run's report; `spd-fast components` shows more.
 REPORTED = 3
@@ -181,9 +181,12 @@ def _frontier(points: list[dict[str, float]]) -> Figure:
     ):
         ax.plot([p["l0"] for p in points], [p[key] for p in points], marker="o", markersize=3.5,
                 label=label, **series(i))  # fmt: skip
+    middle = sum(ax.get_xlim()) / 2
     for p in (points[0], points[-1]):
-        ax.annotate(f"step {p['step']:,.0f}", (p["l0"], p["kl_ci"]), fontsize=7,
-                    xytext=(3, 4), textcoords="offset points")  # fmt: skip
+        # Inwards of the picture's edges.
+        side = "right" if p["l0"] > middle else "left"
+        ax.annotate(f"step {p['step']:,.0f}", (p["l0"], p["kl_ci"]), fontsize=7, ha=side,
+                    va="top", xytext=(0, -5), textcoords="offset points")  # fmt: skip
     log_axis(ax)
     few_ticks(ax.xaxis, 5)
     ax.set_xlabel("L0, all sites")
@@ -226,6 +229,26 @@ def language_table(evaluation: dict[str, Any]) -> str:
     lines = [f"{'mask'.ljust(width)}  next-token loss  over target  KL [nats]"]
     lines += [f"{r['name'].ljust(width)}  {r['ce']:>15}  {r['over']:>11}  {r['kl']}" for r in rows]
     lines.append(f"L0 {evaluation['l0']:.1f} components per position over all sites")
+    return "\n".join(lines)
+
+
+def language_seeds_table(aggregate: dict[str, Any]) -> str:
+    """Next-token loss, KL and L0 over seeds, for a terminal: mean ± sample standard deviation."""
+
+    def shown(stats: dict[str, Any]) -> str:
+        std = "" if stats["std"] is None else f" ± {stats['std']:.2g}"
+        return f"{stats['mean']:.4g}{std}"
+
+    seeds, diverged = aggregate["seeds"], aggregate["diverged"]
+    lines = [f"{aggregate['name']}: {len(seeds) - len(diverged)} of {len(seeds)} seeds finished"]
+    names = {mask: _mask(mask)[0] for mask in aggregate["ce"]}
+    width = max(map(len, names.values()), default=4)
+    lines.append(f"{'mask'.ljust(width)}  {'next-token loss':20}  KL [nats]")
+    for mask, ce in aggregate["ce"].items():
+        kl = aggregate["kl"].get(mask)
+        lines.append(f"{names[mask].ljust(width)}  {shown(ce):20}  {shown(kl) if kl else '—'}")
+    if "l0" in aggregate:
+        lines.append(f"L0 {shown(aggregate['l0'])} components per position over all sites")
     return "\n".join(lines)
 
 

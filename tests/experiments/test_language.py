@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spd_fast.cli import main
 from spd_fast.errors import UserError
 from spd_fast.experiments import language_configuration, recipe
 from spd_fast.experiments.language import load_language_run, run_language
@@ -166,6 +167,47 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, tmp_path, changes,
 def test_a_wrong_key_names_the_nearest(folder, changes, message):
     with pytest.raises(UserError, match=message):
         configured(folder, **changes)
+
+
+# Several seeds.
+
+
+def called(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, arguments)])
+    return left.value.code
+
+
+@pytest.fixture
+def recipe_file(folder, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    few = {"steps": 2, "warm_up": {"steps": 1}, "losses": LOSSES | {"stochastic_recon_subset": 0}}
+    path.write_text(json.dumps(settings(folder, **few)))
+    return path
+
+
+def test_seeds_are_run_reported_and_summed_up(recipe_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("run", recipe_file, "--seeds", "0-1", "--out", out, "--quiet")
+    assert called(*arguments) == 0
+    together = json.loads((out / "aggregate.json").read_text())
+    each = [json.loads((out / f"seed{s}" / "eval.json").read_text()) for s in (0, 1)]
+    assert together["seeds"] == [0, 1]
+    assert together["kl"]["ci"]["mean"] == pytest.approx(sum(e["kl"]["ci"] for e in each) / 2)
+    assert together["l0"]["max"] == max(e["l0"] for e in each)
+    assert (out / "seed1" / "report.html").is_file()
+    printed = capsys.readouterr().out
+    assert "tiny: 2 of 2 seeds finished" in printed
+    before = (out / "seed0" / "eval.json").stat().st_mtime_ns
+    assert called(*arguments) == 0
+    assert (out / "seed0" / "eval.json").stat().st_mtime_ns == before
+
+
+def test_seeds_of_a_language_model_run_one_after_another(recipe_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert called("run", recipe_file, "--seeds", "0-1", "--jobs", "2", "--out", out) == 2
+    assert "one after another" in capsys.readouterr().err
+    assert not out.exists()
 
 
 # Killed and resumed.
