@@ -1,22 +1,28 @@
 """What a run will need, from formulas, before anything runs: memory by category, time of a step.
 
+Memory is what tensors take, as ``torch.cuda.max_memory_allocated`` counts it. A process has more
+resident: code, buffers of the matrix product, and what its allocator keeps between tensors.
+
 Of one step with N positions, at float32, C components a site and P trained numbers:
 
-- parameters P, gradients P, Adam's moments 2 P;
+- parameters P, Adam's moments 2 P;
 - per site and component: h, g and the gradient of g, 3 N C, where a fused backend computes them; on
-  ``reference`` also masks, sources and the gates' hidden layers, (3 hidden + 15) N C (counted from
-  what its operations keep; agrees with the measured peak to a few per cent);
+  ``reference`` also masks, sources and the gates' hidden layers, (2 hidden + 7) N C, and 2 hidden
+  N C more at the site whose gate's backward is under way;
 - adversarial sources, their gradients and moments: 2 N C a PGD loss, 4 N C persistent ones;
-- activations, over all matrices of the target: in a transformer 2 N Σ (d_in + d_out) and 4 N of
-  the output a masked forward, for its norms, attention and gating keep about as much again; in a
-  plain network N Σ (d_in + d_out) a masked forward and the clean one; a quarter of a masked
-  forward's where one site alone is masked (half of the network lies behind a site on average, and
-  frozen layers keep no inputs);
-- scratch: four N times the largest C or width.
+- the larger of what the forwards keep and of what is left of it when all P gradients are there:
 
-The target's own operations are not looked at: its activations are an estimate, fitted to the peaks
-measured of a Llama with 35 sites (within 8 per cent there). Of residual MLPs the measured peak
-itself varies by a tenth from process to process, and the prediction may be a quarter too low.
+  - kept in a transformer: 2 N Σ (d_in + d_out) over all its matrices and 4 N of the output a masked
+    forward, for its norms, attention and gating keep about as much again; a quarter of that where
+    one site alone is masked (half of the network lies behind a site on average, and frozen layers
+    keep no inputs);
+  - kept in a plain network: the sites' inputs of the clean forward and of each that masks all
+    sites, for a frozen layer without a site keeps nothing;
+  - left: the sites' inputs of the clean forward, which the gates' gradients need;
+
+- scratch: 4 N of the largest C, and two activations of the widest matrix.
+
+The target's own operations are not looked at: its activations are an estimate.
 """
 
 from __future__ import annotations
@@ -130,14 +136,19 @@ def make_plan(
     matrices = _matrices(model.target)
     widths = float(sum(a + b for a, b in matrices))
     transformer = hasattr(getattr(model.target, "config", None), "num_attention_heads")
-    kept = 2 * widths + 4 * matrices[-1][1] if transformer else widths
-    clean = 0.0 if transformer else widths
-    widest = max(max(max(m) for m in matrices), *(s.components for s in sites))
+    inputs = float(sum(s.d_in for s in sites if s.kind != "embedding"))
+    if transformer:
+        kept = (2 * widths + 4 * matrices[-1][1]) * (whole + single / 4)
+    else:
+        kept = inputs * (1 + whole)
+    most = max(s.components for s in sites)
+    scratch = 4 * most + 2 * max(max(m) for m in matrices)
     hidden = max(model.options["ci_hidden"], default=0)
     gates = [m for m in model.ci_fns.values() if isinstance(m, MLPGate)]
-    per_component = 3.0
+    importances = 3.0 * components
     if backend == "reference":
-        per_component = 3.0 * (hidden if gates else 0) + 15
+        neurons_kept = 2.0 * hidden if gates else 0.0
+        importances = (neurons_kept + 7) * components + neurons_kept * most
     # Tied components are two sets of parameters in one storage: moments and gradients are double.
     trained = sum(p.numel() for p in model.parameters())
     stored = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
@@ -145,12 +156,11 @@ def make_plan(
     memory = {
         "target": float(target),
         "components, importance fns": float(stored * size),
-        "gradients": float(trained * size),
         "Adam's moments": float(2 * trained * size),
-        "importances": per_component * N * components * size,
+        "importances": importances * N * size,
         "adversarial sources": adversarial * N * components * size,
-        "activations": (clean + kept * (whole + single / 4)) * N * size,
-        "scratch": 4.0 * N * widest * size,
+        "activations or gradients": max(kept * N, inputs * N + trained) * size,
+        "scratch": float(scratch * N * size),
     }
     product = sum(
         s.components * ((0 if s.kind == "embedding" else s.d_in) + s.d_out) for s in sites

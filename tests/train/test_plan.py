@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from spd_fast import cli
+from spd_fast import cli, targets
+from spd_fast.experiments import configuration, recipe
+from spd_fast.experiments.runs import make_trainer
+from spd_fast.train import set_keys
 from spd_fast.train.plan import make_plan
 from tests.conftest import needs_extension
+from tests.train.tensor_peak import tensor_peak
 from tests.train.test_trainer import trainer
 
 
@@ -31,20 +35,51 @@ def test_trained_numbers_gradients_and_moments_are_counted():
     numbers = 4 * sum(p.numel() for p in made.model.parameters())
     memory = planned().memory
     assert memory["components, importance fns"] == numbers
-    assert memory["gradients"] == numbers
+    assert memory["activations or gradients"] >= numbers
     assert memory["Adam's moments"] == 2 * numbers
 
 
 def test_every_draw_keeps_activations_of_its_own():
     one, two = planned(draws=1).memory, planned(draws=2).memory
     assert one["importances"] == two["importances"]
-    assert one["activations"] < two["activations"]
+    at_peak = "activations or gradients"
+    assert one[at_peak] < two[at_peak]
 
 
 def test_an_adversary_keeps_sources():
     attack = {"pgd_recon": {"coeff": 1.0, "pgd_steps": 2, "step_size": 0.1}}
     assert planned().memory["adversarial sources"] == 0
     assert planned(losses=attack).memory["adversarial sources"] > 0
+
+
+# Predicted over measured: 1.02, 1.02, 1.0, 0.9 and 1.0 on cpu, 1.0 on reference.
+@pytest.mark.parametrize(
+    ("name", "batch_size", "backend"),
+    [
+        pytest.param("tms_5-2", 4096, "cpu", marks=needs_extension),
+        pytest.param("tms_40-10", 2048, "cpu", marks=needs_extension),
+        pytest.param("resid_mlp1", 512, "cpu", marks=needs_extension),
+        pytest.param("resid_mlp2", 128, "cpu", marks=needs_extension),
+        ("tms_5-2", 512, "reference"),
+    ],
+)
+def test_the_predicted_peak_of_a_toy_is_within_15_per_cent_of_its_tensors(
+    name, batch_size, backend
+):
+    config = configuration(set_keys(recipe(name), [f"batch_size={batch_size}"]))
+    made = []
+
+    def train():
+        target = targets.make_target(config.target, config.seed)
+        run = make_trainer(config, target, None, backend, True)
+        made.append(run.model)
+        for step in range(2):  # moments are there from the second step on
+            run.train_step(step)
+        return run
+
+    measured = tensor_peak(train)
+    plan = make_plan(made[0], config, batch_size, measure=lambda _: None)
+    assert 0.85 < plan.total / measured < 1.15
 
 
 @needs_extension
