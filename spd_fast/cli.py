@@ -375,11 +375,30 @@ def import_(
     target: Annotated[
         str | None, typer.Option(help="Its target: a folder or hub id. Default: the toy inside.")
     ] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(
+            "--as", metavar="NAME", help="Make it a run with this experiment's training settings."
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --as.")
+    ] = None,
 ) -> None:
     """Read a checkpoint of the authors' torch code (either format); none of its code is run."""
+    from spd_fast import experiments
     from spd_fast.targets import import_run
+    from spd_fast.train import set_keys
 
-    model = import_run(run_dir, out, target)
+    if settings is None:
+        if assignments:
+            raise UserError("--set goes with --as")
+        model = import_run(run_dir, out, target)
+    else:
+        from spd_fast.experiments.importing import import_as_run
+
+        data = set_keys(experiments.recipe(settings), assignments or [])
+        model = import_as_run(run_dir, out, data, target)
     components = sum(site.components for site in model.sites.values())
     print(f"{out}: {len(model.sites)} sites, {components} components")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +23,7 @@ from spd_fast.targets.resid_mlp import ResidMLP
 from spd_fast.targets.tms import TMS
 from spd_fast.train.config import ResidMLPTarget, TMSTarget
 
-__all__ = ["import_run", "toy_target"]
+__all__ = ["Imported", "import_run", "read_import", "toy_target", "write_import"]
 
 ToyConfig = TMSTarget | ResidMLPTarget
 
@@ -88,6 +90,47 @@ def _named_target(name: str) -> nn.Module:
     return load_hf(name)
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A run of the authors' code, read: its decomposition, the step of its checkpoint, its settings
+    and, where its target is the toy inside the checkpoint, that toy's configuration."""
+
+    model: DecomposedModel
+    step: int
+    settings: dict[str, Any]
+    toy: ToyConfig | None
+
+    def architecture(self) -> dict[str, Any]:
+        """What the toy was built from."""
+        return (
+            {}
+            if self.toy is None
+            else self.toy.model_dump(exclude_unset=True) | {"kind": self.toy.kind}
+        )
+
+
+def read_import(folder: Path, out: Path, target: str | None = None) -> Imported:
+    """What :func:`write_import` is to write into ``out``; nothing is written yet. Arguments and
+    errors of :func:`import_run`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not an empty folder; choose another")
+    run = read_run(folder)
+    if target is None:
+        network, config = toy_target(run.target)
+    else:
+        network, config = _named_target(target), None
+    return Imported(decomposition_of(run, network), run.step, run.config, config)
+
+
+def write_import(found: Imported, out: Path) -> None:
+    """Write the decomposition, ``source_config.yaml`` and, of a toy, ``target/``."""
+    found.model.save_pretrained(out)
+    text = yaml.safe_dump(found.settings, sort_keys=False, allow_unicode=True)
+    write_bytes(out / "source_config.yaml", text.encode())
+    if found.toy is not None:
+        save_target(found.model.target, found.toy, out / "target")
+
+
 def import_run(folder: Path, out: Path, target: str | None = None) -> DecomposedModel:
     """Write a run of the authors' code as a decomposition of ours: ``out`` gets what
     :meth:`DecomposedModel.save_pretrained` writes, the run's settings as ``source_config.yaml``
@@ -100,17 +143,6 @@ def import_run(folder: Path, out: Path, target: str | None = None) -> Decomposed
     Raises:
         UserError: a run that cannot be read, or ``out`` is not empty; nothing is written then.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not an empty folder; choose another")
-    run = read_run(folder)
-    if target is None:
-        network, config = toy_target(run.target)
-    else:
-        network, config = _named_target(target), None
-    model = decomposition_of(run, network)
-    model.save_pretrained(out)
-    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-    write_bytes(out / "source_config.yaml", text.encode())
-    if config is not None:
-        save_target(network, config, out / "target")
-    return model
+    found = read_import(folder, out, target)
+    write_import(found, out)
+    return found.model
