@@ -19,9 +19,9 @@ from tests.train.tensor_peak import tensor_peak
 from tests.train.test_trainer import trainer
 
 
-def planned(**changes):
+def planned(positions=9, **changes):
     made = trainer(**changes)
-    return make_plan(made.model, made.config, 9, measure=lambda _: 1e9)
+    return make_plan(made.model, made.config, positions, measure=lambda _: 1e9)
 
 
 def test_sites_and_parameters_are_listed():
@@ -40,7 +40,7 @@ def test_trained_numbers_gradients_and_moments_are_counted():
 
 
 def test_every_draw_keeps_activations_of_its_own():
-    one, two = planned(draws=1).memory, planned(draws=2).memory
+    one, two = planned(900, draws=1).memory, planned(900, draws=2).memory
     assert one["importances"] == two["importances"]
     at_peak = "activations or gradients"
     assert one[at_peak] < two[at_peak]
@@ -52,7 +52,7 @@ def test_an_adversary_keeps_sources():
     assert planned(losses=attack).memory["adversarial sources"] > 0
 
 
-# Predicted over measured: 1.02, 1.02, 1.0, 0.9 and 1.0 on cpu, 1.0 on reference.
+# Predicted over measured: 1.00, 1.00, 1.11 and 0.98 on cpu, 0.95 on reference.
 @pytest.mark.parametrize(
     ("name", "batch_size", "backend"),
     [
@@ -94,7 +94,7 @@ def test_the_predicted_peak_is_within_15_per_cent_of_the_measured_one():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # Measured four times: 1.03 to 1.04.
+    # Of the resident set, measured: 0.92; of what tensors take: 1.11.
     assert 0.85 < found["predicted"] / found["measured"] < 1.15
 
 
