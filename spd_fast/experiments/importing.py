@@ -11,12 +11,12 @@ from torch import nn
 from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
 from spd_fast.experiments.language import language_trainer
-from spd_fast.experiments.recipes import configuration, language_configuration
+from spd_fast.experiments.recipes import language_configuration
 from spd_fast.experiments.runs import make_trainer
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.authors import Imported, read_import, write_import
 from spd_fast.train import Trainer
-from spd_fast.train.config import LanguageConfig, RunConfig
+from spd_fast.train.config import Config, LanguageConfig, parse_config
 
 __all__ = ["import_as_run"]
 
@@ -24,12 +24,10 @@ __all__ = ["import_as_run"]
 OF_MODEL = ("ci_fn", "ci_hidden", "sigmoid", "init", "delta")
 
 
-def _trainer(found: Imported, config: RunConfig, network: nn.Module, out: Path) -> Trainer:
+def _trainer(config: Config | LanguageConfig, network: nn.Module, out: Path) -> Trainer:
     if isinstance(config, LanguageConfig):
         return language_trainer(config, network, out, None, True)
-    made = make_trainer(config, network, out, None, True)  # type: ignore[arg-type]
-    assert isinstance(made, Trainer)  # an importance function is no setting of a baseline
-    return made
+    return make_trainer(config, network, out, None, True)
 
 
 def import_as_run(
@@ -63,13 +61,13 @@ def import_as_run(
         )
     data["sites"] = {name: site.components for name, site in model.sites.items()}
     data |= {key: model.options[key] for key in OF_MODEL}
-    config: Any = language_configuration(data) or configuration(data)
+    config = language_configuration(data) or parse_config(data)
     if config.steps <= found.step:
         raise UserError(
             f"the run has {found.step} steps behind it and the settings end at {config.steps}: "
             f"add --set steps=N with N above {found.step}"
         )
-    trainer = _trainer(found, config, model.target, out)
+    trainer = _trainer(config, model.target, out)
     trainer.model.load_state_dict(model.state_dict())
     trainer.step = found.step
     write_import(found, out)
