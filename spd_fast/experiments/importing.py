@@ -14,7 +14,7 @@ from spd_fast.experiments.language import language_trainer
 from spd_fast.experiments.recipes import language_configuration
 from spd_fast.experiments.runs import make_trainer
 from spd_fast.model import DecomposedModel
-from spd_fast.targets.authors import Imported, read_import, write_import
+from spd_fast.targets.authors import read_import, write_import
 from spd_fast.train import Trainer
 from spd_fast.train.config import Config, LanguageConfig, parse_config
 
