@@ -304,7 +304,9 @@ def simulated() -> Iterator[None]:
         for module, name, patch in (
             (_fused, "GPU_DEVICES", ("cuda", "cpu", "meta")),
             (backends, "resolve", lambda backend, *_: backend),
+            (backends, "check_backend", lambda backend, *_: backend),
             (_fused, "load", lambda _: None),
+            (_fused, "differentiable", lambda _, __, function: function.apply),
             (_fused, "kernel", lambda name, _: primitives.TABLE[name]),
         ):
             stack.enter_context(mock.patch.object(module, name, patch))
