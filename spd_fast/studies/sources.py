@@ -18,11 +18,12 @@ from typing import Any
 from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
 from spd_fast.experiments import configuration, recipe
+from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.records import read_evaluation
 from spd_fast.report.facts import recipe_changes
 from spd_fast.studies.measure import measure
 from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
-from spd_fast.train import load_config
+from spd_fast.train import Config, load_config
 
 __all__ = ["Records", "Sources", "collect", "estimate", "read_sources"]
 
@@ -50,6 +51,8 @@ def _record(folder: Path) -> dict[str, Any]:
     changes = recipe_changes(config)
     if changes is None:
         raise UserError(f"{folder} is a run of {config.name!r}, which is no shipped recipe")
+    # How the same gates are evaluated: within 1e-5 of each other, and told in the record.
+    changes = [change for change in changes if change[0] != "gate_eval"]
     if changes:
         what = ", ".join(f"{key} {ours}" for key, _, ours in changes)
         raise UserError(f"{folder} is not {config.name} as it ships: {what}")
@@ -62,8 +65,17 @@ def _record(folder: Path) -> dict[str, Any]:
     return {
         "date": environment.get("date") or ended.strftime("%Y-%m-%d %H:%M UTC"),
         **{key: environment.get(key) for key in keys},
+        "gates": _gates(config, evaluation["backend"]),
         "evaluation": evaluation,
     }
+
+
+def _gates(config: AnyConfig, backend: str) -> str | None:
+    """How a run evaluated its gates; None where it has none."""
+    if not isinstance(config, Config):
+        return None
+    fast = config.gate_eval == "auto" and backend == "cpu"
+    return "interpolated" if fast or config.gate_eval == "interpolated" else "exact"
 
 
 def collect(folders: Iterable[Path], into: Path) -> list[Path]:

@@ -52,7 +52,8 @@ def _missing(sources: Sources, name: str) -> list[str] | None:
 
 def _where(record: Mapping[str, Any]) -> str:
     machine = record["cuda"] or f"{record['processor']}, {record['threads']} thread(s)"
-    return f"{machine}; torch {record['torch']}; {record['date'][:10]}"
+    gates = f"; {record['gates']} gates" if record.get("gates") else ""
+    return f"{machine}; torch {record['torch']}{gates}; {record['date'][:10]}"
 
 
 def _pm(stats: Mapping[str, Any], digits: int) -> str:
