@@ -306,7 +306,6 @@ def simulated() -> Iterator[None]:
             (backends, "resolve", lambda backend, *_: backend),
             (backends, "check_backend", lambda backend, *_: backend),
             (_fused, "load", lambda _: None),
-            (_fused, "differentiable", lambda _, __, function: function.apply),
             (_fused, "kernel", lambda name, _: primitives.TABLE[name]),
         ):
             stack.enter_context(mock.patch.object(module, name, patch))

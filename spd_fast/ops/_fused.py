@@ -80,12 +80,12 @@ def kernel(name: str, tensor: Tensor) -> Callable[..., Any]:
 
 
 def differentiable(
-    name: str, tensor: Tensor, function: type[torch.autograd.Function]
+    backend: str, name: str, tensor: Tensor, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
     """What computes operation ``name`` with its gradients, with the arguments of ``function``:
-    ``function`` itself, or, where nothing traces, its like in the extension (a passage through
-    Python, forward and backward, costs more than a small kernel)."""
-    if _runs_the_extension(tensor):
+    ``function`` itself, or, for the backend "cpu" where nothing traces, its like in the extension
+    (a passage through Python, forward and backward, costs more than a small kernel)."""
+    if backend == "cpu" and _runs_the_extension(tensor):
         return _extension_function(name)
     return function.apply
 

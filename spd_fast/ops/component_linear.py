@@ -241,6 +241,6 @@ def component_linear(
         y = _reference(*arguments)
     else:
         _fused.load(chosen)
-        run = _fused.differentiable("component_linear", x, _ComponentLinear)
+        run = _fused.differentiable(chosen, "component_linear", x, _ComponentLinear)
         y = run(_fused.autocast(arguments[0]), *arguments[1:])
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], d_out)

@@ -77,4 +77,4 @@ def faithfulness(V: Tensor, U: Tensor, weight: Tensor, *, backend: str | None = 
     if chosen == "reference":
         return _reference(V, U, weight)
     _fused.load(chosen)
-    return _fused.differentiable("faithfulness", V, _Faithfulness)(V, U, weight)
+    return _fused.differentiable(chosen, "faithfulness", V, _Faithfulness)(V, U, weight)

@@ -321,7 +321,7 @@ def gate(
         out = _reference(rows, V, list(weights), list(biases), *options)
     else:
         _fused.load(chosen)
-        run = _fused.differentiable("gate", x, _Gate)
+        run = _fused.differentiable(chosen, "gate", x, _Gate)
         out = run(_fused.autocast(rows), V, *fused_layers(weights, biases), *options)
     inner, lower, sums = out
     if x.ndim != 2:

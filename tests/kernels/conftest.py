@@ -6,12 +6,15 @@ TRITON_INTERPRET is read when a kernel is decorated, so these tests need a proce
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 import torch
 
+COMPUTED = pytest.StashKey[list[str]]()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -54,21 +57,52 @@ def _resolve(backend: str | None, *_: Any) -> str:
     return "reference" if backend == "reference" else "triton"
 
 
+def _noted(computed: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        computed.append(name)
+        return function(*args, **options)
+
+    return run
+
+
+def _no_extension(name: str) -> Callable[..., Any]:
+    raise AssertionError(f"{name} was given to the C++ extension")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """A test of the Triton backend fails where something else computed its results."""
+    yield
+    nothing = COMPUTED in item.stash and not item.stash[COMPUTED]
+    if nothing and item.get_closest_marker("without_kernels") is None:
+        pytest.fail("no Triton kernel was launched, nor a primitive of that backend run")
+
+
 @pytest.fixture
-def triton_ops(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The public operations computed by the Triton launchers on CPU tensors."""
+def triton_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The public operations computed by the Triton launchers on CPU tensors; a test in which no
+    kernel and no primitive of theirs ran fails, unless it is marked ``without_kernels``."""
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     pytest.importorskip("triton")
     bf16_as_on_a_gpu(monkeypatch)
+    from triton.runtime.interpreter import InterpretedFunction
+
     from spd_fast import backends
     from spd_fast.kernels import primitives
     from spd_fast.ops import _fused
 
+    computed = request.node.stash[COMPUTED] = []
+    launch = _noted(computed, "launch", InterpretedFunction.run)
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
     monkeypatch.setattr(_fused, "GPU_DEVICES", ("cpu",))
     monkeypatch.setattr(backends, "resolve", _resolve)
     monkeypatch.setattr(_fused, "load", lambda _: None)
-    monkeypatch.setattr(_fused, "kernel", lambda name, _: primitives.TABLE[name])
+    monkeypatch.setattr(_fused, "_extension_function", _no_extension)
+    monkeypatch.setattr(
+        _fused, "kernel", lambda name, _: _noted(computed, name, primitives.TABLE[name])
+    )
     return torch.device("cpu")
 
 

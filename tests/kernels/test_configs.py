@@ -11,7 +11,7 @@ import torch
 from tests.checks import error, normal
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("triton_ops")
+pytestmark = [pytest.mark.usefixtures("triton_ops"), pytest.mark.without_kernels]
 
 LIKE = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 

@@ -135,6 +135,7 @@ def test_the_operation_counts_in_the_kernel_a_part_of_the_rows_at_a_time(
     assert torch.equal(counts, (lower > 0.1).sum(0))
 
 
+@pytest.mark.without_kernels
 def test_the_widest_gates_fit_and_wider_ones_are_not_the_kernels():
     from spd_fast.kernels.gate import backward_class
     from spd_fast.ops.gate import WIDEST_ON_GPU, unsupported
@@ -174,6 +175,7 @@ def test_several_row_tiles_a_program_are_the_oracles(rows, programs, monkeypatch
     check("2026", Penalty("lp", 2.0), (rows, 3, 5), (3,))
 
 
+@pytest.mark.without_kernels
 def test_programs_cover_every_row_once():
     from spd_fast.kernels.gate import PROGRAMS, backward_groups
 

@@ -335,6 +335,9 @@ def test_repeats_of_an_embeddings_gradient_are_bit_equal(place):
 def test_the_last_rows_are_those_of_a_small_problem(place):
     # On a GPU N · C = 2.29e9: element indices are beyond 31 bits.
     N, C = (70_000, 32_768) if place.real else (70, 36)
+    needed = 6 * 2 * N * C  # h, g, ḡ and what their sums and differences pass through, in bf16
+    if place.real and (free := torch.cuda.mem_get_info()[0]) < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of free GPU memory, has {free / 1e9:.0f}")
     dtype = torch.bfloat16 if place.real else torch.float32
     t = {k: v.to(dtype) for k, v in inputs(N, 16, C, 16, 1, place.device).items()}
     key = make_key(5, 7, place.device)
@@ -482,6 +485,7 @@ def test_an_autocast_leaves_faithfulness_in_fp32(place):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.without_kernels
 def test_a_sum_of_products_keeps_the_digits_of_fp32_where_torch_can(place):
     from spd_fast.kernels import product
 
