@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -75,7 +74,6 @@ class Widening(NamedTuple):
     addmm: bool
 
 
-@functools.cache
 def probe(device: torch.device, dtype: torch.dtype) -> Widening:
     """Found by trying: versions from 2.8 on know ``out_dtype``, by device and not all for a sum."""
     a = torch.full((16, 16), 1 + 2**-7, device=device).to(dtype)
@@ -87,11 +85,20 @@ def probe(device: torch.device, dtype: torch.dtype) -> Widening:
     )
 
 
+_FOUND: dict[tuple[torch.device, torch.dtype], Widening] = {}
+
+
 def widening(like: Tensor) -> Widening:
-    # What is found by trying has to be read back, which a stream that records a graph cannot do.
-    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+    """:func:`probe` of the device and dtype of ``like``, once; nothing on a CPU."""
+    if not like.is_cuda:
         return Widening(False, False)
-    return probe(like.device, like.dtype)
+    at = like.device, like.dtype
+    if at not in _FOUND:
+        # What is found by trying has to be read back: a stream that records a graph cannot.
+        if torch.cuda.is_current_stream_capturing():
+            return Widening(False, False)
+        _FOUND[at] = probe(*at)
+    return _FOUND[at]
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

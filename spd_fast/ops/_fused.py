@@ -15,6 +15,7 @@ from spd_fast.ops._library import LIBRARY
 
 __all__ = [
     "autocast",
+    "before_recording",
     "differentiable",
     "kernel",
     "load",
@@ -95,6 +96,14 @@ def _extension_function(name: str) -> Callable[..., Any]:
     from spd_fast import _extension
 
     return getattr(_extension.module(), name)
+
+
+def before_recording() -> None:
+    """Find out by trying, on the current device, what a stream that records a graph cannot."""
+    if backends.unavailable_reason("triton") is None:
+        from spd_fast.kernels import product
+
+        product.widening(torch.empty(0, dtype=torch.bfloat16, device="cuda"))
 
 
 # Device types with kernels for the operations of :func:`resolve_on_gpu`.

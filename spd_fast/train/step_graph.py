@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spd_fast.ops import make_key
+from spd_fast.ops._fused import before_recording
 
 __all__ = ["StepGraph", "record_cuda_graph"]
 
@@ -27,6 +28,7 @@ UNRECORDED = 3
 
 def record_cuda_graph(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     """(what ``function`` returned while it was recorded, the replay that computes it again)."""
+    before_recording()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()

@@ -154,14 +154,12 @@ def found(monkeypatch):
 
     def version(mm, addmm):
         known("mm", mm), known("addmm", addmm)
-        product.probe.cache_clear()
         found = product.probe(torch.device("cpu"), torch.bfloat16)
         monkeypatch.setattr(product, "widening", lambda _: found)
         widened.clear()
         return found
 
-    yield SimpleNamespace(version=version, widened=widened)
-    product.probe.cache_clear()
+    return SimpleNamespace(version=version, widened=widened)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +181,42 @@ def test_a_sum_in_fp32_is_made_with_what_torch_has(mm, addmm, widened, found):
     assert error(total, 2 * exact) <= allowed
 
 
+@pytest.fixture
+def device(monkeypatch):
+    """A device that widens all products, and a stream on it; lists what was probed."""
+    from spd_fast.kernels import product
+
+    stream = SimpleNamespace(capturing=False, probed=[])
+
+    def probe(*at):
+        assert not stream.capturing
+        stream.probed.append(at)
+        return product.Widening(True, True)
+
+    monkeypatch.setattr(product, "_FOUND", {})
+    monkeypatch.setattr(product, "probe", probe)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.capturing)
+    return stream
+
+
+def test_what_was_found_before_a_recording_holds_in_it(device):
+    from spd_fast.kernels import product
+
+    assert product.widening(LIKE) == (True, True)
+    device.capturing = True
+    assert product.widening(LIKE) == (True, True)
+    assert device.probed == [(LIKE.device, LIKE.dtype)]
+
+
+def test_nothing_is_tried_in_a_recording_nor_remembered_of_it(device):
+    from spd_fast.kernels import product
+
+    device.capturing = True
+    assert product.widening(LIKE) == (False, False)
+    device.capturing = False
+    assert product.widening(LIKE) == (True, True)
+
+
 def test_a_product_that_is_wrong_in_fp32_is_not_used(monkeypatch):
     from spd_fast.kernels import product
 
@@ -191,13 +225,13 @@ def test_a_product_that_is_wrong_in_fp32_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", wrong)
     monkeypatch.setattr(torch, "addmm", wrong)
-    assert product.probe.__wrapped__(torch.device("cpu"), torch.bfloat16) == (False, False)
+    assert product.probe(torch.device("cpu"), torch.bfloat16) == (False, False)
 
 
 def test_this_torch_is_probed_without_an_error():
     from spd_fast.kernels import product
 
-    assert product.probe.__wrapped__(torch.device("cpu"), torch.bfloat16) == (False, False)
+    assert product.probe(torch.device("cpu"), torch.bfloat16) == (False, False)
 
 
 def test_every_launch_turns_fp_fusion_off_and_passes_its_configuration(triton_ops):

@@ -6,6 +6,7 @@ same tensors, and writes over the same results.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("pydantic")
 
 from spd_fast.ops import make_key
+from spd_fast.train import step_graph
 from spd_fast.train.step_graph import StepGraph
 from tests.train.test_trainer import assert_same, batches, state, trainer
 
@@ -117,6 +119,21 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is():
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
         ours.fit()
     assert_same(state(ours), state(plain))
+
+
+def test_what_kernels_find_by_trying_is_tried_before_a_recording(monkeypatch):
+    order = []
+
+    @contextmanager
+    def recording(graph):
+        order.append("recording")
+        yield
+
+    monkeypatch.setattr(step_graph, "before_recording", lambda: order.append("tried"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    step_graph.record_cuda_graph(lambda: order.append("step"))
+    assert order == ["tried", "recording", "step"]
 
 
 def test_another_batch_size_is_recorded_anew():
