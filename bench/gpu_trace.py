@@ -146,9 +146,9 @@ def _squared_error(a: dict[str, Any]) -> Call:
 
 def _kl(a: dict[str, Any]) -> Call:
     q, backward = a["q"], "out" in a
-    rows = a["lse_q"].numel()
+    rows = a["norm_q"].shape[0]
     n = rows * a["width"]
-    moved = q.element_size() * n * (3 if backward else 2) + (8 if backward else 12) * rows
+    moved = q.element_size() * n * (3 if backward else 2) + (16 if backward else 20) * rows
     name = "KL " + ("backward" if backward else "forward")
     return Call(name, moved, 0.0, (KL_BACKWARD if backward else KL_FORWARD) * n)
 

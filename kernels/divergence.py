@@ -4,9 +4,10 @@
     KL  = mean_n Σ_v P (log P − log Q)                q̄ = (Q − P) / N       P = softmax(p), …
 
 Each reads its operands once forward and once backward and writes the gradient once; nothing of
-their size is kept between the two (KL keeps two logarithms a row). Forward KL is one pass: with
+their size is kept between the two (KL keeps four numbers a row). Forward KL is one pass: with
 running maxima, X = Σ e^{p − max p} ((p − max p) − (q − max q)) is rescaled as the softmax sums Z
-are, and KL_n = X / Z_p − log Z_p + log Z_q.
+are, and KL_n = X / Z_p − log Z_p + log Z_q. The softmax of a row is e^{(v − max) − log Z}, of its
+norm (max, log Z): kept as one sum, an offset of the logits would cost log Z its digits.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def mse_backward(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @triton.jit
-def kl_kernel(q, q_row, p, p_row, loss, lse_q, lse_p, width, BLOCK: tl.constexpr):
-    """One row: KL(P ‖ Q), log Z_q and log Z_p."""
+def kl_kernel(q, q_row, p, p_row, loss, norm_q, norm_p, width, BLOCK: tl.constexpr):
+    """One row: KL(P ‖ Q), and the norms of q and p."""
     row = tl.program_id(0).to(tl.int64)
     # Each lane carries its own maxima and sums: one exchange between threads at the end.
     max_q = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -120,22 +121,25 @@ def kl_kernel(q, q_row, p, p_row, loss, lse_q, lse_p, width, BLOCK: tl.constexpr
     lanes_q = tl.where(max_q > float("-inf"), tl.exp(moved_q), 0.0)
     z_p, z_q = tl.sum(sum_p * lanes_p, axis=0), tl.sum(sum_q * lanes_q, axis=0)
     apart = tl.sum(lanes_p * (cross + sum_p * (moved_p - moved_q)), axis=0) / z_p
-    tl.store(loss + row, apart - tl.log(z_p) + tl.log(z_q))
-    log_q, log_p = top_q + tl.log(z_q), top_p + tl.log(z_p)
-    tl.store(lse_q + row, log_q)
-    tl.store(lse_p + row, log_p)
+    log_q, log_p = tl.log(z_q), tl.log(z_p)
+    tl.store(loss + row, apart - log_p + log_q)
+    tl.store(norm_q + 2 * row, top_q)
+    tl.store(norm_q + 2 * row + 1, log_q)
+    tl.store(norm_p + 2 * row, top_p)
+    tl.store(norm_p + 2 * row + 1, log_p)
 
 
 @triton.jit
-def kl_backward_kernel(q, q_row, p, p_row, lse_q, lse_p, scale, out, width, BLOCK: tl.constexpr):
+def kl_backward_kernel(q, q_row, p, p_row, norm_q, norm_p, scale, out, width, BLOCK: tl.constexpr):
     """(Q − P) · scale; ``out`` may be q."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     vq = tl.load(q + row * q_row + at, mask=inside, other=0.0).to(tl.float32)
     vp = tl.load(p + row * p_row + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.exp(vq - tl.load(lse_q + row)) - tl.exp(vp - tl.load(lse_p + row))
-    grad *= tl.load(scale)
+    q_of = tl.exp((vq - tl.load(norm_q + 2 * row)) - tl.load(norm_q + 2 * row + 1))
+    p_of = tl.exp((vp - tl.load(norm_p + 2 * row)) - tl.load(norm_p + 2 * row + 1))
+    grad = (q_of - p_of) * tl.load(scale)
     tl.store(out + row * width + at, grad.to(out.dtype.element_ty), mask=inside)
 
 
@@ -146,39 +150,40 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def kl_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean KL in fp32, log Z of the prediction [N], of the target [N])."""
+    """(mean KL in fp32, norm of each row of the prediction [N, 2], of the target [N, 2])."""
     q, p = _rows(prediction), _rows(target)
     N, width = q.shape
-    loss, lse_q, lse_p = torch.zeros(3, N, device=q.device).unbind()
+    loss = torch.zeros(N, device=q.device)
+    norm_q, norm_p = torch.zeros(2, N, 2, device=q.device).unbind()
 
     def run(config: Config) -> None:
-        launch(kl_kernel, q, (N,), q, q.stride(0), p, p.stride(0), loss, lse_q, lse_p, width,
+        launch(kl_kernel, q, (N,), q, q.stride(0), p, p.stride(0), loss, norm_q, norm_p, width,
                config=config)  # fmt: skip
 
     if N and width:
         run(pick("kl", "any", q, (N, width), run))
-    return loss.sum() / max(N, 1), lse_q, lse_p
+    return loss.sum() / max(N, 1), norm_q, norm_p
 
 
 def kl_backward(
-    grad: Tensor, prediction: Tensor, target: Tensor, lse_q: Tensor, lse_p: Tensor
+    grad: Tensor, prediction: Tensor, target: Tensor, norm_q: Tensor, norm_p: Tensor
 ) -> Tensor:
     """q̄ in the shape and dtype of ``prediction``."""
     q, p = _rows(prediction), _rows(target)
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=q.device)
-    kl_gradient(grad.float() / max(q.shape[0], 1), q, p, lse_q, lse_p, out)
+    kl_gradient(grad.float() / max(q.shape[0], 1), q, p, norm_q, norm_p, out)
     return out
 
 
 def kl_gradient(
-    scale: Tensor, q: Tensor, p: Tensor, lse_q: Tensor, lse_p: Tensor, out: Tensor
+    scale: Tensor, q: Tensor, p: Tensor, norm_q: Tensor, norm_p: Tensor, out: Tensor
 ) -> None:
     """(Q − P) · scale [N, width] into ``out``, which may be q."""
     N, width = q.shape
 
     def run(config: Config, out: Tensor = out) -> None:
         grid = (N, triton.cdiv(width, config.blocks["BLOCK"]))
-        launch(kl_backward_kernel, q, grid, q, q.stride(0), p, p.stride(0), lse_q, lse_p, scale,
+        launch(kl_backward_kernel, q, grid, q, q.stride(0), p, p.stride(0), norm_q, norm_p, scale,
                out, width, config=config)  # fmt: skip
 
     if N and width:

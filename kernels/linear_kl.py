@@ -42,10 +42,10 @@ def linear_kl_forward(
     for first in range(0, N, size):
         part = slice(first, first + size)
         q, p = logits(prediction[part]), logits(target[part].to(prediction.dtype))
-        mean, lse_q, lse_p = kl_forward(q, p)
+        mean, norm_q, norm_p = kl_forward(q, p)
         total += mean * (q.shape[0] / N)
         if grad is not None:
-            kl_gradient(scale, q, p, lse_q, lse_p, q)
+            kl_gradient(scale, q, p, norm_q, norm_p, q)
             grad[part] = mm(q, W, prediction.dtype)
         del q, p  # before the next chunk's
     return total, grad

@@ -29,7 +29,7 @@ _OPERANDS = {
 }
 _GATE_POINTERS = {"w_in", "b_in", "w_out", "b_out"}
 _FP32_POINTERS = {
-    "partial", "grad_sum", "delta", "d_bar", "lse_p", "lse_q", "scale", "loss", "table_bar",
+    "partial", "grad_sum", "delta", "d_bar", "norm_p", "norm_q", "scale", "loss", "table_bar",
 }  # fmt: skip
 _INT32_POINTERS = {"counts"}
 _INT64_POINTERS = {"key", "order", "starts"}

@@ -52,13 +52,13 @@ def _(grad: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
 @primitive("kl_divergence_forward(Tensor prediction, Tensor target) -> (Tensor, Tensor, Tensor)")
 def _(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = prediction.shape[:-1].numel()
-    lse = prediction.new_empty(rows, dtype=torch.float32)
-    return _scalar(prediction), lse, torch.empty_like(lse)
+    norm = prediction.new_empty(rows, 2, dtype=torch.float32)
+    return _scalar(prediction), norm, torch.empty_like(norm)
 
 
 @primitive(
-    "kl_divergence_backward(Tensor grad, Tensor prediction, Tensor target, Tensor lse_prediction, "
-    "Tensor lse_target) -> Tensor"
+    "kl_divergence_backward(Tensor grad, Tensor prediction, Tensor target, Tensor norm_prediction, "
+    "Tensor norm_target) -> Tensor"
 )
 def _(grad: Tensor, prediction: Tensor, *_: Tensor) -> Tensor:
     return prediction.new_empty(prediction.shape)
@@ -78,13 +78,13 @@ class _FusedMSE(torch.autograd.Function):
 
 
 class _FusedKL(torch.autograd.Function):
-    """Keeps two logarithms a position beside its inputs."""
+    """Keeps four numbers a position beside its inputs: of each, the maximum and log Z below it."""
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
         forward = _fused.kernel("kl_divergence_forward", prediction)
-        loss, lse_prediction, lse_target = forward(prediction, target)
-        ctx.save_for_backward(prediction, target, lse_prediction, lse_target)
+        loss, norm_prediction, norm_target = forward(prediction, target)
+        ctx.save_for_backward(prediction, target, norm_prediction, norm_target)
         return loss
 
     @staticmethod

@@ -7,7 +7,7 @@ import torch
 
 from spd_fast.ops import divergence
 from tests import oracle
-from tests.checks import assert_matches_oracle, normal
+from tests.checks import assert_matches_oracle, assert_right, normal
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
 ORACLE = {"mse": oracle.mse, "kl": oracle.kl}
@@ -47,6 +47,17 @@ def test_a_program_takes_several_blocks_in_turn(monkeypatch):
 def test_kl_survives_large_logits():
     shift = torch.tensor([[300.0], [-4000.0]], dtype=torch.float64)
     check("kl", {"prediction": normal(1, 2, 9) + shift, "target": normal(2, 2, 9) - shift})
+
+
+@pytest.mark.parametrize("offset", [-100.0, 1000.0])
+def test_kls_gradient_of_offset_logits_is_at_most_twice_as_far_off_as_torchs(offset):
+    q, p = (normal(seed, 4, 3000, scale=3).float() + offset for seed in (1, 2))
+    found = {}
+    for backend in ("triton", "reference"):
+        leaf = q.clone().requires_grad_()
+        (found[backend],) = torch.autograd.grad(divergence(leaf, p, "kl", backend=backend), leaf)
+    truth = (q.double().softmax(1) - p.double().softmax(1)) / 4
+    assert_right(found["triton"], found["reference"], truth, "grad", floor=0.0)
 
 
 def test_kl_of_equal_logits_is_zero_with_zero_gradient():

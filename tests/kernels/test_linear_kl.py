@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spd_fast.ops import linear_kl
-from tests.checks import assert_matches_oracle
+from tests.checks import assert_matches_oracle, assert_right
 from tests.ops import test_linear_kl as cases
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
@@ -23,6 +23,20 @@ def test_loss_and_gradient_are_the_oracles(shape, d, vocabulary, bias, chunk, mo
         cases.runner("triton", bias), cases.truth(bias), cases.make_inputs(shape, d, vocabulary),
         cases.GRAD, torch.float32,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [-100.0, 1000.0])
+def test_the_gradient_of_offset_logits_is_at_most_twice_as_far_off_as_torchs(offset):
+    t = cases.make_inputs((7,), 5, 1900)
+    t = {k: v.float() for k, v in t.items()}
+    t["bias"] += offset
+    found = []
+    for backend, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        x, *rest = (v.to(dtype or v.dtype) for v in t.values())
+        leaf = x.clone().requires_grad_()
+        loss = linear_kl(leaf, *rest, backend=backend)
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    assert_right(*found, "grad", floor=0.0)
 
 
 def test_no_more_logits_exist_than_a_chunk(monkeypatch):
