@@ -440,7 +440,9 @@ def component_linear_backward(
             if x_bar is None
             else x_bar.to(x.dtype)
         )
-    b_bar = grad.sum(0, dtype=torch.float32).to(x.dtype) if need_bias else None
+    b_bar = None
+    if need_bias and bias is not None:
+        b_bar = grad.sum(0, dtype=torch.float32).to(bias.dtype)
     return x_bar, h_bar, grad_V, grad_U, g_bar, r_bar, d_bar, b_bar
 
 

@@ -92,7 +92,7 @@ def _(x: Tensor, inner: Tensor | None, V: Tensor | None, U: Tensor, *_: Any) -> 
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)"
 )
 def _(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    x, _, V, U = args[:4]
+    (x, _, V, U), bias = args[:4], args[14]
     N, C = x.shape[0], U.shape[0]
     need_x, need_inner, need_V, need_U, need_lower, need_source, need_delta, need_bias = args[-8:]
 
@@ -107,7 +107,7 @@ def _(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         per_component(need_lower),
         per_component(need_source),
         x.new_empty(N) if need_delta else None,
-        x.new_empty(U.shape[1]) if need_bias else None,
+        None if bias is None or not need_bias else bias.new_empty(bias.shape),
     )
 
 
@@ -121,7 +121,9 @@ class _ComponentLinear(torch.autograd.Function):
         row_offset: int, binomial: bool, delta: Tensor | None, random_delta: bool,
         weight: Tensor | None, bias: Tensor | None, routing: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, inner, V, U, lower, source, key, delta, weight, routing)
+        ctx.save_for_backward(
+            x, inner, V, U, lower, source, key, delta, weight, bias, routing
+        )  # fmt: skip
         ctx.options = (draw, site, row_offset, binomial, random_delta)
         return _fused.kernel("component_linear_forward", x)(
             x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
@@ -131,13 +133,13 @@ class _ComponentLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, V, U, lower, source, key, delta, weight, routing = ctx.saved_tensors
+        x, inner, V, U, lower, source, key, delta, weight, bias, routing = ctx.saved_tensors
         draw, site, row_offset, binomial, random_delta = ctx.options
         needs = ctx.needs_input_grad
         grad_x, grad_inner, grad_V, grad_U, grad_lower, grad_source, grad_delta, grad_bias = (
             _fused.kernel("component_linear_backward", x)(
                 grad, x, inner, V, U, lower, source, key, draw, site, row_offset, binomial, delta,
-                random_delta, weight, None, routing,
+                random_delta, weight, bias, routing,
                 needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[11], needs[14],
             )
         )  # fmt: skip

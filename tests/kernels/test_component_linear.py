@@ -103,3 +103,16 @@ def test_errors_in_bf16_are_at_most_twice_the_eager_ones(kind, regime):
         cases.runner(kind, "triton"), cases.runner(kind, "reference"),
         cases.make_inputs(kind, 37, 19, 70, 35), cases.incoming(37, 35),
     )  # fmt: skip
+
+
+def test_the_gradient_of_an_fp32_bias_is_not_rounded_to_the_bf16_of_x():
+    kind = cases.KINDS["stochastic"]
+    t = {
+        k: v.bfloat16() if v.is_floating_point() else v for k, v in cases.make_inputs(kind).items()
+    }
+    t["bias"] = t["bias"].float().requires_grad_()
+    y = cases.runner(kind, "triton")(t)["y"]
+    grad = normal(3, *y.shape).bfloat16()
+    (got,) = torch.autograd.grad(y, t["bias"], grad)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, grad.double().sum(0).float())
