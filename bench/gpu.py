@@ -2,8 +2,8 @@
 against eager and torch.compile of the reference.
 
     python -m bench.gpu --predict     the predictions of docs/kernels.md; needs no GPU
-    python -m bench.gpu               measures, writes bench/results/gpu.csv, gpu_kernels.csv and
-                                      plots, and fills the measured column of docs/kernels.md
+    python -m bench.gpu               measures, writes bench/results/gpu.csv and plots, and fills
+                                      the measured columns of docs/kernels.md
 
 Variants are interleaved: round by round, one timing of each, median over the rounds. Time is read
 from device events after a warm-up; extra memory is the allocator's peak above the inputs. All of
@@ -270,11 +270,16 @@ def fill(
     lines, table = [], ""
     for line in page.splitlines():
         if line.startswith(MEASURED) and where is not None:
+            ceilings = "its ceilings were not measured."
+            if where["peak_tflops"]:
+                ceilings = (
+                    f"its bf16 products reach {where['peak_tflops']} TFLOP/s, its copies "
+                    f"{where['copy_tb_s']} TB/s."
+                )
             line = (
                 f"{MEASURED} on {where['gpu']} with torch {where['torch']}, triton "
                 f"{where['triton']}, python {where['python']}, at {where['commit']}, "
-                f"{where['started'][:10]}, by `python -m bench.gpu`; its bf16 products reach "
-                f"{where['peak_tflops']} TFLOP/s, its copies {where['copy_tb_s']} TB/s."
+                f"{where['started'][:10]}, by `python -m bench.gpu`; {ceilings}"
             )
         if line in (HEADER, MEMORY_HEADER):
             table = line
@@ -359,8 +364,9 @@ def _attempt(function: Callable[[], None]) -> str:
     return ""
 
 
-def _variants(work: Work | OperationWork, backward: bool, peak: float) -> list[Measurement]:
-    """Every variant of ``work``; one that fails has a row that says so, and a line."""
+def _variants(work: Work | OperationWork, backward: bool, peak: float | None) -> list[Measurement]:
+    """Every variant of ``work``; one that fails has a row that says so, and a line. ``peak``: of
+    the device, in flop/s, where it is known."""
     import torch
 
     passes = "fwd+bwd" if backward else "fwd"
@@ -394,7 +400,8 @@ def _variants(work: Work | OperationWork, backward: bool, peak: float) -> list[M
         ms = statistics.median(p[0] for p in pairs)
         rate = work.product_flops(backward) / (1e-3 * ms)
         extra = max(p[1] for p in pairs)
-        results.append(Measurement(work.name, name, passes, ms, extra, rate / 1e12, rate / peak))
+        share = None if peak is None else rate / peak
+        results.append(Measurement(work.name, name, passes, ms, extra, rate / 1e12, share))
     return results
 
 
@@ -528,7 +535,8 @@ def _cell(value: object) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _where(peak: float, copies: float) -> dict[str, str]:
+def _where(ceilings: tuple[float, float] | None) -> dict[str, str]:
+    """Machine and versions; ``ceilings`` in flop/s and byte/s."""
     import torch
     import triton
 
@@ -538,18 +546,27 @@ def _where(peak: float, copies: float) -> dict[str, str]:
     return {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "python": here["python"], "commit": here["commit"],
-        "started": here["started"], "peak_tflops": f"{peak / 1e12:.0f}",
-        "copy_tb_s": f"{copies / 1e12:.2f}",
+        "started": here["started"],
+        "peak_tflops": "" if ceilings is None else f"{ceilings[0] / 1e12:.0f}",
+        "copy_tb_s": "" if ceilings is None else f"{ceilings[1] / 1e12:.2f}",
     }  # fmt: skip
 
 
 def measure(out: Path, page: Path, minutes: float) -> None:
     """Time and memory of every variant at every workload: CSV, plots, measured column, bars."""
     deadline = time.monotonic() + 60 * minutes
-    peak, copies = _ceilings()
-    where = _where(peak, copies)
     results: list[Measurement] = []
     times: dict[tuple[str, str], float] = {}
+    ceilings: tuple[float, float] | None = None
+
+    def measure_ceilings() -> None:
+        nonlocal ceilings
+        ceilings = _ceilings()
+
+    if failure := _attempt(measure_ceilings):
+        print(f"the device's ceilings: not measured, {failure}", flush=True)
+    where = _where(ceilings)
+    peak = None if ceilings is None else ceilings[0]
 
     def toy() -> None:
         results.extend(_toy_steps())

@@ -316,6 +316,29 @@ def test_a_variant_that_fails_between_others_leaves_them_their_times(device, mon
     assert (rows["eager"].ms, rows["spd_fast"].failure) == (2.0, "out of memory")
 
 
+def test_ceilings_that_cannot_be_measured_cost_the_shares_of_them_alone(
+    device, monkeypatch, tmp_path, capsys
+):
+    def no_room():
+        raise torch.OutOfMemoryError
+
+    def where(ceilings):
+        return WHERE if ceilings else {**WHERE, "peak_tflops": "", "copy_tb_s": ""}
+
+    monkeypatch.setattr(gpu, "_ceilings", no_room)
+    monkeypatch.setattr(gpu, "_where", where)
+    monkeypatch.setattr(gpu, "WORKLOADS", (gpu.Work("toy", Shape(64, 5, 2, 20)),))
+    monkeypatch.setattr(gpu, "OPERATIONS", ())
+    page = tmp_path / "kernels.md"
+    page.write_text(PAGE, encoding="utf-8")
+    gpu.measure(tmp_path / "gpu.csv", page, minutes=4)
+    with (tmp_path / "gpu.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {(r["ms"], r["share_of_peak"], r["peak_tflops"]) for r in rows} == {("2", "", "")}
+    assert "the device's ceilings: not measured, out of memory" in capsys.readouterr().out
+    assert "its ceilings were not measured" in page.read_text(encoding="utf-8")
+
+
 def test_a_whole_run_fills_table_page_and_bars(device, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     page = tmp_path / "kernels.md"
