@@ -16,11 +16,11 @@ product instead? On an H200 (4.3 TB/s, 790 TFLOP/s measured):
 - writing a and reading it back: 2 · 2 bytes an element, 0.93 ps.
 - a prologue serves a tile of d_out columns only, so it runs d_out / 128 times an element. Each run
   reads h and g (4 bytes, from L2 at best) and draws r: about 20 integer instructions an element,
-  0.68 ps at 29.6 T instructions/s, against 2 · 128 flops = 0.32 ps of the product it feeds. One
+  0.60 ps at 33.5 T instructions/s, against 2 · 128 flops = 0.32 ps of the product it feeds. One
   repetition already costs more time than its share of the product, and it keeps the operand out of
   the copy engine's path from memory to the matrix units.
 
-At d_out = 128 the prologue would cost 0.68 ps against 0.93; from d_out = 256 on, 1.36 ps or more.
+At d_out = 128 the prologue would cost 0.60 ps against 0.93; from d_out = 256 on, 1.20 ps or more.
 Writing once wins wherever the large regimes are used; with d_out ≤ 64 the prologue wins, and is
 what the small kernel does.
 """

@@ -6,7 +6,7 @@ The hidden layer [N, C, H] lives in registers, one neuron at a time. Forward tra
 product: write h and g. Backward: read h, ḡ (and h̄), write h̄ + the gate's part; the sums over rows
 are made per tile and added in a fixed order, so two runs agree bit for bit.
 
-At 19 instructions a neuron the MLP outweighs its product below d_in ≈ 4100 at H = 16
+At 19 instructions a neuron the MLP outweighs its product below d_in ≈ 3600 at H = 16
 (docs/kernels.md); it bounds this kernel, not memory. So the backward evaluates the polynomial of
 the GELU twice rather than keeping N·C·H values.
 """
