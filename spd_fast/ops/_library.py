@@ -1,4 +1,4 @@
-"""The torch.library namespace ``spd_fast`` in which every operation is registered.
+"""The namespace ``spd_fast`` of torch's operators, in which every operation is registered.
 
 Two kinds of entries:
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
+from torch import library
 
 __all__ = ["LIBRARY", "composite", "primitive"]
 
-LIBRARY = torch.library.Library("spd_fast", "FRAGMENT")
+LIBRARY = library.Library("spd_fast", "FRAGMENT")
 F = TypeVar("F", bound=Callable)
 
 
@@ -36,7 +36,7 @@ def primitive(schema: str) -> Callable[[F], F]:
 
     def register(fake: F) -> F:
         LIBRARY.define(schema)
-        torch.library.register_fake(
+        library.register_fake(
             f"spd_fast::{schema.partition('(')[0]}", fake, lib=LIBRARY, allow_override=False
         )
         return fake

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast import UserError
 from spd_fast.ops import (
@@ -393,7 +393,7 @@ def test_opcheck_of_the_operation(kind):
         return v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
 
     arguments = tuple(leaf(v) for v in op_arguments(KINDS[kind]))
-    torch.library.opcheck(torch.ops.spd_fast.component_linear.default, arguments)
+    library.opcheck(torch.ops.spd_fast.component_linear.default, arguments)
 
 
 @needs_extension
@@ -405,11 +405,11 @@ def test_opcheck_of_the_primitives(kind, layout):
     arguments = tuple(
         layout(v) if isinstance(v, Tensor) and v.ndim == 2 else v for v in op_arguments(kind)
     )
-    torch.library.opcheck(torch.ops.spd_fast.component_linear_forward.default, arguments)
+    library.opcheck(torch.ops.spd_fast.component_linear_forward.default, arguments)
     has = [arguments[i] is not None for i in (0, 1, 2, 3, 4, 5, 11, 14)]
     backward = torch.ops.spd_fast.component_linear_backward.default
     for needs in (has, [False, False, True, False, False, False, False, False]):
-        torch.library.opcheck(backward, (layout(incoming()["y"]), *arguments, *needs))
+        library.opcheck(backward, (layout(incoming()["y"]), *arguments, *needs))
 
 
 @needs_extension

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from spd_fast import UserError
 from spd_fast.ops import divergence, kl_divergence, mse_divergence
@@ -41,7 +42,7 @@ def test_gradcheck(kind):
 @kinds
 def test_opcheck(kind):
     op = getattr(torch.ops.spd_fast, f"{kind}_divergence").default
-    torch.library.opcheck(op, (normal(1, 4, 3).requires_grad_(), normal(2, 4, 3)))
+    library.opcheck(op, (normal(1, 4, 3).requires_grad_(), normal(2, 4, 3)))
 
 
 @kinds

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast.ops import embedding_inner
 from tests import oracle
@@ -51,7 +51,7 @@ def test_gradcheck():
 def test_opcheck():
     t = make_inputs((6,), 4, 3)
     op = torch.ops.spd_fast.embedding_inner.default
-    torch.library.opcheck(op, (t["tokens"], t["V"].requires_grad_()))
+    library.opcheck(op, (t["tokens"], t["V"].requires_grad_()))
 
 
 def test_int32_tokens_and_any_layout_of_V():

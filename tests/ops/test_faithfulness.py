@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from spd_fast import UserError
 from spd_fast.ops import _fused, faithfulness, weight_delta
@@ -120,7 +121,7 @@ def test_compiled_is_eager(backend):
 def test_opcheck_of_the_operation():
     t = make_inputs(5, 4, 3)
     arguments = (t["V"].requires_grad_(), t["U"].requires_grad_(), t["weight"])
-    torch.library.opcheck(torch.ops.spd_fast.faithfulness.default, arguments)
+    library.opcheck(torch.ops.spd_fast.faithfulness.default, arguments)
 
 
 @needs_extension
@@ -128,9 +129,9 @@ def test_opcheck_of_the_operation():
 def test_opcheck_of_the_primitives(layout):
     _fused.load("cpu")
     arguments = tuple(layout(v) for v in make_inputs(5, 4, 3).values())
-    torch.library.opcheck(torch.ops.spd_fast.faithfulness_forward.default, arguments)
+    library.opcheck(torch.ops.spd_fast.faithfulness_forward.default, arguments)
     backward = torch.ops.spd_fast.faithfulness_backward.default
-    torch.library.opcheck(backward, (GRAD["loss"], *arguments))
+    library.opcheck(backward, (GRAD["loss"], *arguments))
 
 
 @needs_extension

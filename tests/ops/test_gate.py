@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast import UserError
 from spd_fast.ops import (
@@ -269,7 +269,7 @@ def test_compiled_is_eager(backend):
 def test_opcheck_of_the_operation(hidden):
     t = {name: v.requires_grad_() for name, v in make_inputs(6, 5, 3, hidden).items()}
     arguments = (t["x"], t["V"], layers(t, "W"), layers(t, "b"), "paper", "lp", 2.0, 1e-12)
-    torch.library.opcheck(torch.ops.spd_fast.gate.default, arguments)
+    library.opcheck(torch.ops.spd_fast.gate.default, arguments)
 
 
 def primitive_arguments(hidden: int) -> tuple:
@@ -286,11 +286,11 @@ def test_opcheck_of_the_primitives(hidden, layout):
     _fused.load("cpu")
     (x, V, *rest), options = primitive_arguments(hidden)
     x, V = layout(x), layout(V)
-    torch.library.opcheck(torch.ops.spd_fast.gate_forward.default, (x, V, *rest, *options))
+    library.opcheck(torch.ops.spd_fast.gate_forward.default, (x, V, *rest, *options))
     grads = tuple(incoming(6, 3).values())
     for need_x in (True, False):
         arguments = (*grads, x, V, x @ V, *rest, *options, need_x)
-        torch.library.opcheck(torch.ops.spd_fast.gate_backward.default, arguments)
+        library.opcheck(torch.ops.spd_fast.gate_backward.default, arguments)
 
 
 def test_automatic_choice_equals_the_reference():

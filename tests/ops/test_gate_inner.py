@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast.ops import Penalty, gate, gate_inner
 from tests import oracle
@@ -76,7 +76,7 @@ def test_opcheck():
     t = make_inputs(4, 2, (3,))
     layers = [t["W0"], t["W1"]], [t["b0"], t["b1"]]
     op = torch.ops.spd_fast.gate_inner.default
-    torch.library.opcheck(op, (t["inner"].requires_grad_(), *layers, "2026", "lp", 2.0, 1e-12))
+    library.opcheck(op, (t["inner"].requires_grad_(), *layers, "2026", "lp", 2.0, 1e-12))
 
 
 def test_it_is_the_gate_without_its_product():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast import UserError
 from spd_fast.ops import SIGMOIDS, Penalty, importances
@@ -76,9 +76,7 @@ def test_gradcheck():
 
 def test_opcheck():
     logits = make_inputs(5, 4)["logits"].requires_grad_()
-    torch.library.opcheck(
-        torch.ops.spd_fast.importances.default, (logits, "2026", "lp", 2.0, 1e-12)
-    )
+    library.opcheck(torch.ops.spd_fast.importances.default, (logits, "2026", "lp", 2.0, 1e-12))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

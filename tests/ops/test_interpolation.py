@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast import UserError, _extension
 from spd_fast.ops import Penalty, _fused, gate, gate_logits
@@ -245,7 +245,7 @@ def test_opcheck_of_the_operation():
     t = {name: v.requires_grad_() for name, v in smooth_inputs(200, 2, 3, 4).items()}
     options = ("paper", "lp", 2.0, 1e-12, "interpolated")
     arguments = (t["x"], t["V"], layers(t, "W"), layers(t, "b"), *options)
-    torch.library.opcheck(torch.ops.spd_fast.gate.default, arguments)
+    library.opcheck(torch.ops.spd_fast.gate.default, arguments)
 
 
 def test_unknown_evaluation_is_an_error_with_the_nearest(backend):
@@ -303,10 +303,10 @@ def test_opcheck_of_the_primitives():
     rest = (t["W0"][:, 0], t["b0"], t["W1"][:, :, 0], t["b1"][:, 0])
     options = ("paper", "lp", 2.0, 1e-12)
     forward = torch.ops.spd_fast.gate_interpolated_forward.default
-    torch.library.opcheck(forward, (t["x"], t["V"], *rest, *options))
+    library.opcheck(forward, (t["x"], t["V"], *rest, *options))
     inner = forward(t["x"], t["V"], *rest, *options)[0]
     arguments = (*incoming(200, 3).values(), t["x"], t["V"], inner, *rest, *options, True)
-    torch.library.opcheck(torch.ops.spd_fast.gate_interpolated_backward.default, arguments)
+    library.opcheck(torch.ops.spd_fast.gate_interpolated_backward.default, arguments)
 
 
 @needs_extension

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch import library
 
 from spd_fast import UserError
 from spd_fast.ops import MaskRecipe, Penalty, RandomSource, component_linear, gate, layer, make_key
@@ -189,11 +190,11 @@ def test_opcheck_of_the_primitives():
         t["bias"], None,
     )  # fmt: skip
     runner(recipe(), "cpu")(t)
-    torch.library.opcheck(torch.ops.spd_fast.layer_forward.default, (*first, *rest))
+    library.opcheck(torch.ops.spd_fast.layer_forward.default, (*first, *rest))
     grads = tuple(incoming(6, 7, 3).values())
     for need_x in (True, False):
         arguments = (*grads, *first, *rest, need_x)
-        torch.library.opcheck(torch.ops.spd_fast.layer_backward.default, arguments)
+        library.opcheck(torch.ops.spd_fast.layer_backward.default, arguments)
 
 
 def test_a_recipe_with_importances_is_an_error():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from spd_fast.ops import kl_divergence, linear_kl
 from tests import oracle
@@ -64,7 +64,7 @@ def test_gradcheck():
 
 def test_opcheck():
     inputs = tuple(make_inputs((4,), 3, 5).values())
-    torch.library.opcheck(torch.ops.spd_fast.linear_kl.default, inputs)
+    library.opcheck(torch.ops.spd_fast.linear_kl.default, inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

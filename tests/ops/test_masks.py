@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from spd_fast.ops import MaskRecipe, RandomSource, make_key, materialize_mask
 from tests import oracle
@@ -173,7 +174,7 @@ def test_compiled_is_eager():
 def test_opcheck(binomial):
     arguments = (LOWER.clone().requires_grad_(), make_key(SEED, STEP), DRAW, SITE, OFFSET, binomial)
     operation = torch.ops.spd_fast.materialize_mask.default
-    torch.library.opcheck(operation, arguments)
+    library.opcheck(operation, arguments)
     expected = materialize(MaskRecipe(LOWER, random_source(binomial), delta=True))
     for got, value in zip(operation(*arguments), expected, strict=True):
         assert torch.equal(got, value)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from spd_fast import UserError
 from spd_fast.ops import Penalty, penalty_sums
@@ -107,7 +108,7 @@ def test_power_must_be_positive(power):
 def test_opcheck(penalty):
     upper = unit(1, 9, 5).requires_grad_()
     arguments = (upper, penalty.kind, penalty.power, penalty.eps)
-    torch.library.opcheck(torch.ops.spd_fast.penalty_sums.default, arguments)
+    library.opcheck(torch.ops.spd_fast.penalty_sums.default, arguments)
 
 
 @penalties

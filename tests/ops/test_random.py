@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from spd_fast.ops import RandomSource, make_key, philox_4x32, uniform
 from spd_fast.ops.random import uniform_column
@@ -159,7 +160,7 @@ def test_the_extension_draws_the_same_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck_of_uniform(dtype):
     operation = torch.ops.spd_fast.uniform.default
-    torch.library.opcheck(operation, (make_key(8, 9), 1, 2, 3, 5, 7, dtype))
+    library.opcheck(operation, (make_key(8, 9), 1, 2, 3, 5, 7, dtype))
     source = RandomSource(make_key(8, 9), 1, 2, 3)
     assert torch.equal(
         operation(make_key(8, 9), 1, 2, 3, 5, 7, dtype), uniform(source, 5, 7, dtype)

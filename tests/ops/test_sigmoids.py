@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from spd_fast import UserError
 from spd_fast.ops import SIGMOIDS, lower_importance, upper_importance
@@ -181,4 +182,4 @@ def test_unknown_kind_is_an_error_with_the_nearest(function):
 @pytest.mark.parametrize("name", ["lower_importance", "upper_importance"])
 def test_opcheck(name, kind):
     s = normal(1, 4, 3).requires_grad_()
-    torch.library.opcheck(getattr(torch.ops.spd_fast, name).default, (s, kind))
+    library.opcheck(getattr(torch.ops.spd_fast, name).default, (s, kind))
