@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_operations import OPERATIONS, OperationWork
+from bench.gpu_operations import OPERATIONS, OperationWork, timed_steps
 from bench.registry import GPU, Bar, OperationWorkload, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,27 +105,18 @@ def step_of(
                parameter(s.C, s.hidden, 1, scale=s.hidden**-0.5)]  # fmt: skip
     biases = [parameter(s.C, s.hidden, scale=0.5), parameter(s.C, 1, scale=0.5)]
     key = torch.zeros(2, dtype=torch.int64, device=device)
+    sums = torch.ones(s.C, device=device)
 
-    def forward() -> tuple[Any, Any]:
+    def forward() -> tuple[list[Any], list[Any]]:
         out = gate(x, V, weights, biases, sigmoid="2026", penalty=Penalty("lp", 2.0),
                    backend=backend)  # fmt: skip
         recipe = MaskRecipe(out.lower, RandomSource(key))
         # A wide dictionary streams: both backwards make h again, nobody keeps it.
         inner = out.inner if work.elements <= STREAMED else None
         y = component_linear(x, V, U, recipe, inner=inner, backend=backend)
-        return y, out.penalty_sum
+        return [y, out.penalty_sum], [grad, sums]
 
-    run = torch.compile(forward) if compiled else forward
-
-    def step(backward: bool) -> None:
-        if not backward:
-            with torch.no_grad():
-                run()
-            return
-        y, sums = run()
-        torch.autograd.grad((y, sums), [x, V, U, *weights, *biases], (grad, torch.ones_like(sums)))
-
-    return step
+    return timed_steps(forward, [x, V, U, *weights, *biases], compiled)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.registry import Bar
 
-__all__ = ["OPERATIONS", "OperationWork"]
+__all__ = ["OPERATIONS", "OperationWork", "timed_steps"]
 
 # Positions of a batch; a GPT-2's vocabulary, width and MLP; components of one site.
 N, VOCABULARY, D_MODEL, D_MLP, C = 8192, 50257, 768, 3072, 4096
@@ -46,18 +46,24 @@ class OperationWork:
         import torch
 
         torch.manual_seed(0)
-        forward, leaves = self.prepare(backend, device)
-        run = torch.compile(forward) if compiled else forward
+        return timed_steps(*self.prepare(backend, device), compiled)
 
-        def step(backward: bool) -> None:
-            if not backward:
-                with torch.no_grad():
-                    run()
-                return
-            outputs, grads = run()
-            torch.autograd.grad(outputs, leaves, grads)
 
-        return step
+def timed_steps(forward: Run, leaves: list[Any], compiled: bool) -> Callable[[bool], None]:
+    """What is timed: ``forward``, or ``forward`` and the gradients of ``leaves``."""
+    import torch
+
+    run = torch.compile(forward) if compiled else forward
+
+    def step(backward: bool) -> None:
+        if not backward:
+            with torch.no_grad():
+                run()
+            return
+        outputs, grads = run()
+        torch.autograd.grad(outputs, leaves, grads)
+
+    return step
 
 
 def _normal(device: str, *shape: int, scale: float = 1.0) -> Any:

@@ -84,7 +84,8 @@ def test_the_predicted_peak_of_a_toy_is_within_15_per_cent_of_its_tensors(
 
 @needs_extension
 @pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the system keeps no peak to begin again"
+    not Path("/proc/self/clear_refs").exists(),
+    reason="no /proc/self/clear_refs, which resets the peak memory",
 )
 def test_the_predicted_peak_is_within_15_per_cent_of_the_measured_one():
     pytest.importorskip("transformers")
