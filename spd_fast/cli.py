@@ -252,7 +252,10 @@ def _run_language_seeds(
     configs = {s: config for s, config in found.items() if config is not None}
     together = out or Path("runs") / next(iter(configs.values())).name
     _extension.keep_freed_memory()
-    summary = run_language_seeds(configs, together, finish=write_language_report, **options)
+    summary = run_language_seeds(
+        configs, together, finish=write_language_report,
+        unfinished=lambda folder: not (folder / "report.html").is_file(), **options,
+    )  # fmt: skip
     print(language_seeds_table(summary))
     print(f"aggregate: {together / 'aggregate.json'}")
 

@@ -2,8 +2,7 @@
 
 Probe the model with 0.75 · one-hot of every feature and look at the lower importances
 [features, C] of each site. On means ≥ 1 − tolerance, off ≤ tolerance. As in the authors' 2026 code
-the tolerance is 0.1, and 0.2 is told besides: where the penalty has p > 1, an importance that is
-needed settles below 1.
+the tolerance is 0.1, and 0.2 is told besides.
 """
 
 from __future__ import annotations

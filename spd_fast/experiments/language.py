@@ -303,6 +303,7 @@ def run_language_seeds(
     out: Path,
     *,
     finish: Callable[[LanguageRun], Any] | None = None,
+    unfinished: Callable[[Path], bool] = lambda _: False,
     **options: Any,
 ) -> dict[str, Any]:
     """Carry out every seed's run (seed → configuration) in ``out/seedS``, one after another, and
@@ -310,7 +311,8 @@ def run_language_seeds(
     left out of the means.
 
     Args:
-        finish: called with every newly finished run (its report, say).
+        finish: called with every newly finished run (its report, say). unfinished: whether a
+            finished run's folder lacks what ``finish`` makes; it is then called again.
         options: of :func:`run_language`.
 
     Returns:
@@ -325,7 +327,7 @@ def run_language_seeds(
     held = {seed: _finished(out / f"seed{seed}", config) for seed, config in configs.items()}
     for seed, config in configs.items():
         evaluation = held[seed]
-        if evaluation is None:
+        if evaluation is None or unfinished(out / f"seed{seed}"):
             try:
                 done = run_language(config, out / f"seed{seed}", resume=True, **options)
             except Diverged as error:

@@ -203,6 +203,19 @@ def test_seeds_are_run_reported_and_summed_up(recipe_file, tmp_path, capsys):
     assert (out / "seed0" / "eval.json").stat().st_mtime_ns == before
 
 
+def test_a_seed_that_lost_its_report_gets_it_again(recipe_file, tmp_path):
+    out = tmp_path / "many"
+    arguments = ("run", recipe_file, "--seeds", "0-1", "--out", out, "--quiet")
+    assert called(*arguments) == 0
+    weights = (out / "seed1" / "model.safetensors").read_bytes()
+    kept = (out / "seed0" / "report.html").stat().st_mtime_ns
+    (out / "seed1" / "report.html").unlink()
+    assert called(*arguments) == 0
+    assert (out / "seed1" / "report.html").is_file()
+    assert (out / "seed1" / "model.safetensors").read_bytes() == weights
+    assert (out / "seed0" / "report.html").stat().st_mtime_ns == kept
+
+
 def test_seeds_of_a_language_model_run_one_after_another(recipe_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert called("run", recipe_file, "--seeds", "0-1", "--jobs", "2", "--out", out) == 2
