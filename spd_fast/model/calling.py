@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ __all__ = ["Caller", "OutputSelector", "select_output"]
 OutputSelector = str | int | Callable[[Any], Tensor]
 Adapter = Callable[[nn.Module, Any], Any]
 
+# What a target raises where it cannot take a batch.
+_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+# Modules that have a fused forward for inference, which does not call the modules inside them.
+_WITH_FAST_PATH = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _STOCHASTIC = (
     nn.modules.dropout._DropoutNd,
     nn.modules.batchnorm._BatchNorm,
@@ -63,8 +67,16 @@ def select_output(output: Any, selector: OutputSelector | None) -> Tensor:
         UserError: no such field, or one that is no tensor; names the fields there are.
     """
     kind, found = type(output).__name__, output
+    named = repr(selector)
     if callable(selector):
-        found = selector(output)
+        named = f"function {getattr(selector, '__name__', kind)!r}"
+        try:
+            found = selector(output)
+        except (AttributeError, LookupError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"output {named} fails on the target's {kind}: {reason}{_having(output)}"
+            ) from error
     elif selector is not None:
         steps: list[str | int] = [*selector.split(".")] if isinstance(selector, str) else [selector]
         for key in steps:
@@ -81,8 +93,17 @@ def select_output(output: Any, selector: OutputSelector | None) -> Tensor:
             f"the target returns a {kind}, need a tensor: choose one with `output`{_having(output)}"
         )
     raise UserError(
-        f"output {selector!r} of the target's {kind} is a {type(found).__name__}, need a tensor"
+        f"output {named} of the target's {kind} is a {type(found).__name__}, need a tensor"
     )
+
+
+def _described(batch: Any) -> str:
+    """Types and shapes, for an error message."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_described(value)}" for key, value in batch.items())
+    return f"a {type(batch).__name__}"
 
 
 class Caller:
@@ -106,6 +127,7 @@ class Caller:
             for m in modules
         )
         self._stochastic = [m for m in modules if isinstance(m, _STOCHASTIC)]
+        self._fast_path = any(isinstance(m, _WITH_FAST_PATH) for m in modules)
         config = getattr(target, "config", None)
         parameters = inspect.signature(target.forward).parameters
         self._pretrained = config is not None and hasattr(target, "get_input_embeddings")
@@ -117,10 +139,20 @@ class Caller:
             self._vocabulary = getattr(embeddings, "num_embeddings", None)
         self._tokens_seen = False
 
-    def eager(self) -> AbstractContextManager[Any]:
-        """Under ``torch.compile`` a module's forward cannot be taken over: such targets run
-        uncompiled here."""
-        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Where a module's forward can be taken over: neither under ``torch.compile`` nor on the
+        fused path of torch's own transformers."""
+        fast = self._fast_path and torch.backends.mha.get_fastpath_enabled()
+        stance = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        with stance:
+            if fast:
+                torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                yield
+            finally:
+                if fast:
+                    torch.backends.mha.set_fastpath_enabled(True)
 
     def __call__(self, batch: Any) -> Tensor:
         """The target's output tensor.
@@ -141,6 +173,24 @@ class Caller:
             else:
                 raw = self.target(self._tokens(batch), **self._keywords)
         return select_output(raw, self.output)
+
+    def clean(self, batch: Any) -> Tensor:
+        """The same where the target's modules are its own: what it raises is about the batch.
+
+        Raises:
+            UserError: also for a batch that the target cannot take.
+        """
+        try:
+            return self(batch)
+        except UserError:
+            raise
+        except _REFUSALS as error:
+            reason = " ".join(str(error).split())
+            if "memory" in reason:  # torch has a class for it on a GPU only
+                raise
+            raise UserError(
+                f"the target cannot take this batch ({_described(batch)}): {reason}"
+            ) from error
 
     def _check_mode(self) -> None:
         if self._pretrained and self.target.training:

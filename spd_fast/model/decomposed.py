@@ -242,7 +242,7 @@ class DecomposedModel(SiteModel):
         before = self._prefixes or prefixes(
             self._submodules,
             {n: s.module for n, s in self.sites.items()},
-            lambda: self.caller(batch),
+            lambda: self.caller.clean(batch),
         )
         clean = CleanForward(output=torch.empty(0))
         forwards: dict[str, Forward] = {}
@@ -253,9 +253,12 @@ class DecomposedModel(SiteModel):
             inside = forwards.get(site.module, self._submodules[site.module].forward)
             forwards[site.module] = self._capture(site, inside, clean, self._prefixes is None)
         with torch.no_grad(), overridden_forwards(self._submodules, forwards):
-            clean.output = self.caller(batch)
+            clean.output = self.caller.clean(batch)
         if missing := [n for n in self.sites if n not in clean.inputs]:
-            raise UserError(f"site {missing[0]!r} is not called in the target's forward")
+            raise UserError(
+                f"site {missing[0]!r} is not called in the target's forward: leave it out of "
+                "`sites`"
+            )
         self._prefixes = before
         return clean
 
@@ -568,6 +571,8 @@ def _check_module(site: Site, x: Tensor, y: Any) -> None:
     """Raise UserError where a site's module gave something else than its weight and bias do."""
     if site.kind == "embedding":
         expected = F.embedding(x, site.weight.T)
+    elif not x.isfinite().all():
+        raise UserError(f"the target's own activations are not finite from site {site.name!r} on")
     else:
         expected = F.linear(x, site.weight, site.bias)
     same = isinstance(y, Tensor) and y.shape == expected.shape

@@ -51,7 +51,12 @@ def test_a_selector_finds_its_tensor(output, selector):
             "loss",
             r"output 'loss' of the target's dict is a NoneType, need a tensor",
         ),
-        ((X,), lambda out: out, r"is a tuple, need a tensor"),
+        ((X,), lambda out: out, r"output function '<lambda>' of .* is a tuple, need a tensor"),
+        (
+            {"logits": X},
+            lambda out: out["logit"],
+            r"output function '<lambda>' fails on the target's dict: 'logit'; it has 'logits'",
+        ),
     ],
 )
 def test_a_selector_without_a_tensor_is_an_error(output, selector, message):
@@ -70,6 +75,56 @@ def test_a_decomposed_model_selects_the_output_of_every_forward():
     x = batch(1)
     assert torch.equal(model.clean_forward(x).output, plain.clean_forward(x).output)
     assert torch.equal(model.masked_forward(x, Ones()), plain.masked_forward(x, Ones()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.ones(3, 4, dtype=torch.int64), r"\(int64 \[3, 4\]\): mat1 and mat2 must"),
+        ({"y": batch(0, 3, 4)}, r"\(y: float64 \[3, 4\]\): .*unexpected keyword"),
+        ([[1.0] * 4], r"\(a list\): "),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_batch_that_the_target_cannot_take_is_one_line(given, message, later):
+    model = DecomposedModel(Net(), SITES, backend="reference")
+    if later:
+        model.clean_forward(batch(1))
+    with pytest.raises(UserError, match=f"the target cannot take this batch {message}") as found:
+        model.clean_forward(given)
+    assert "\n" not in str(found.value)
+    assert found.value.__cause__ is not None
+
+
+def test_vectors_of_another_width_are_one_line():
+    model = DecomposedModel(Net(), {"head": 3}, backend="reference")
+    with pytest.raises(UserError, match=r"this batch \(float64 \[3, 9\]\): mat1 and mat2 shapes"):
+        model.clean_forward(batch(0, 3, 9))
+
+
+def test_tokens_beyond_an_embedding_are_one_line():
+    target = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    model = DecomposedModel(target, {"1": 2}, backend="reference")
+    with pytest.raises(UserError, match=r"this batch \(int64 \[1, 2\]\): index out of range"):
+        model.clean_forward(torch.tensor([[1, 5]]))
+
+
+def test_activations_that_are_not_finite_are_named():
+    model = DecomposedModel(Net(), SITES, backend="reference")
+    with pytest.raises(UserError, match=r"not finite from site 'blocks\.0\.up' on"):
+        model.clean_forward(batch(1) * float("nan"))
+
+
+def test_layers_of_torchs_own_transformer_are_sites():
+    # In evaluation its fused path would call none of them.
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    target = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = DecomposedModel(target, {"layers.*.linear1": 5}, backend="reference")
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    clean = model.clean_forward(x)
+    torch.testing.assert_close(clean.output, target(x))
+    assert not torch.allclose(model.masked_forward(x, Ones()), clean.output)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_mapping_is_the_targets_keyword_arguments():
