@@ -27,7 +27,7 @@ class APDTrainer(TrainingLoop[APDModel, APDConfig, APDStep]):
         config: APDConfig,
         batches: Callable[[int], Any],
         *,
-        out: Path | None = None,
+        out: str | Path | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__(model, config, config.losses, batches, out=out, quiet=quiet)

@@ -154,7 +154,10 @@ def language_trainer(
 def _try_forwards(trainer: Trainer) -> None:
     """Forwards of one step, which show what the data, the sites or the backend cannot do."""
     with torch.no_grad():
-        stochastic_recon(trainer.forwards(0))
+        step = trainer.forwards(0)
+        if (where := trainer.unsound(step)) is not None:
+            raise UserError(where)
+        stochastic_recon(step)
 
 
 def run_language(

@@ -251,8 +251,11 @@ def _try_forwards(trainer: Trainer | APDTrainer) -> None:
     with torch.no_grad():
         if isinstance(trainer, APDTrainer):
             trainer.forwards(0)
-        else:
-            stochastic_recon(trainer.forwards(0))
+            return
+        step = trainer.forwards(0)
+        if (where := trainer.unsound(step)) is not None:
+            raise UserError(where)
+        stochastic_recon(step)
 
 
 def _trained_target(config: AnyConfig, out: Path) -> nn.Module | None:

@@ -62,9 +62,15 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         losses: Losses,
         batches: Callable[[int], Any],
         *,
-        out: Path | None = None,
+        out: str | Path | None = None,
         quiet: bool = False,
     ) -> None:
+        if not callable(batches):
+            raise UserError(
+                f"batches is a function of the step, got a {type(batches).__name__}: make one with "
+                "spd_fast.data (ArrayBatches of tensors and arrays, StreamBatches of iterables)"
+            )
+        out = None if out is None else Path(out)
         check_loggers(config.log_to, out)
         self.model, self.config, self.batches, self.out = model, config, batches, out
         self.quiet = quiet
@@ -102,12 +108,15 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         (``until``) when it is continued to the last step.
 
         Raises:
-            Diverged: a loss became NaN or infinite (names it and the step at which it is noticed:
-                the host sees the losses of every ``log_every``-th step only).
+            Diverged: a loss became NaN or infinite (names it, the step and, where it can be told,
+                the site). On a GPU the host sees the losses of every ``log_every``-th step only:
+                the step is the one at which it is noticed.
         """
         config = self.config
         self._looked_at = self.step
         end = config.steps if until is None else min(until, config.steps)
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
         if self.step == 0:
             self.warm_up()
         window = time.perf_counter(), self.step
@@ -121,6 +130,8 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             while self.step < end:
                 losses, step = self.train_step(self.step)
                 self.step += 1
+                if self.sees_every_step():
+                    self._check(self._values(losses), step)
                 if self.step % config.log_every == 0 or self.step == end:
                     now = time.perf_counter()
                     ms = 1e3 * (now - window[0]) / (self.step - window[1])
@@ -161,17 +172,8 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
     @torch.no_grad()
     def log(self, losses: dict[str, Tensor], step: StepT, ms: float) -> str:
         """Write one line of metrics.jsonl; the only place where the host waits for the device."""
-        values = {name: float(loss) for name, loss in losses.items()}
-        values["total"] = sum(self.coefficients[name] * value for name, value in values.items())
-        for name, value in values.items():
-            if not math.isfinite(value):
-                where = self.unsound(step)
-                raise Diverged(
-                    f"loss {name!r} is {value}{self._noticed()}"
-                    f"{'' if where is None else f' ({where})'}; try a lower lr "
-                    f"({self.config.lr} now); checkpoints before it are kept"
-                )
-        self._looked_at = self.step
+        values = self._values(losses)
+        self._check(values, step)
         statistics = self.statistics(step)
         record = {
             "step": self.step,
@@ -189,6 +191,27 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             self._also(record)
         l0 = sum(statistics["l0"].values())
         return f"loss {values['total']:.3e}  L0 {l0:.2f}  {ms:.1f} ms/step"
+
+    def sees_every_step(self) -> bool:
+        """Whether losses can be looked at after every step without waiting for a device."""
+        return self.device.type == "cpu"
+
+    def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        values["total"] = sum(self.coefficients[name] * value for name, value in values.items())
+        return values
+
+    @torch.no_grad()
+    def _check(self, values: dict[str, float], step: StepT) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                where = self.unsound(step)
+                raise Diverged(
+                    f"loss {name!r} is {value}{self._noticed()}"
+                    f"{'' if where is None else f' ({where})'}; try a lower lr "
+                    f"({self.config.lr} now); checkpoints before it are kept"
+                )
+        self._looked_at = self.step
 
     def _noticed(self) -> str:
         """When something went wrong, as far as that is known without looking at every step."""

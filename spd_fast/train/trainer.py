@@ -47,7 +47,8 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         model: the decomposed model.
         config: a :class:`TrainConfig` (a whole :class:`Config` is one).
         batches: step → batch; a pure function of the step, so that a run resumes exactly.
-        out: the run's folder for checkpoints and metrics; None keeps everything in memory.
+        out: the run's folder for checkpoints and metrics, made if needed; None keeps everything in
+            memory.
         quiet: no progress.
     """
 
@@ -57,7 +58,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         config: TrainConfig,
         batches: Callable[[int], Any],
         *,
-        out: Path | None = None,
+        out: str | Path | None = None,
         quiet: bool = False,
     ) -> None:
         self._of_components = set(map(id, model.components.parameters()))

@@ -155,6 +155,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, tmp_path, changes,
     assert not (tmp_path / "r").exists()
 
 
+def test_a_target_that_is_not_finite_is_found_before_anything_is_written(folder, tmp_path):
+    target = transformers.LlamaForCausalLM.from_pretrained(folder)
+    target.model.norm.weight.data[3] = float("nan")
+    target.save_pretrained(tmp_path / "target")
+    data = {"kind": "tokens", "path": str(folder / "train.npy")}
+    config = configured(tmp_path / "target", data=data)
+    with pytest.raises(UserError, match=r"^the target's own output is not finite$"):
+        run_language(config, tmp_path / "r", quiet=True)
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -164,6 +164,17 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_its_folder_is_made_and_may_be_a_string(tmp_path):
+    trainer(str(tmp_path / "a" / "run"), steps=1).fit()
+    assert (tmp_path / "a" / "run" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("given", [[batches(0)], batches(0)])
+def test_batches_that_are_no_function_of_the_step_say_what_makes_one(given):
+    with pytest.raises(UserError, match=r"function of the step, got a \w+: .*StreamBatches"):
+        trainer(batches=given)
+
+
 def test_metrics_are_written_every_few_steps_and_at_the_end(tmp_path):
     trainer(tmp_path, log_every=5).fit()
     assert [line["step"] for line in metrics(tmp_path)] == [5, 10, 12]
@@ -277,9 +288,10 @@ NAN_LOSS = (
 
 
 def test_a_loss_that_is_not_finite_names_itself_the_step_and_the_site(tmp_path):
-    run = trainer(tmp_path, batches=poisoned(6), log_every=1)
+    run = trainer(tmp_path, batches=poisoned(6), log_every=100, checkpoint_every=3)
     with pytest.raises(Diverged, match=NAN_LOSS):
         run.fit()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_3", "step_6"]
 
 
 def test_a_loss_that_is_not_finite_is_not_in_the_metrics(tmp_path):
@@ -288,15 +300,17 @@ def test_a_loss_that_is_not_finite_is_not_in_the_metrics(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 7))
 
 
-def test_a_loss_seen_late_says_between_which_steps_it_began():
+def test_a_loss_seen_late_says_between_which_steps_it_began(monkeypatch):
     run = trainer(batches=poisoned(6), log_every=5)
+    monkeypatch.setattr(run, "sees_every_step", lambda: False)  # as on a GPU
     began = r"loss .* is nan, noticed at step 10 \(it began at one of steps 6 to 10\)"
     with pytest.raises(Diverged, match=began):
         run.fit()
 
 
-def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     run = trainer(tmp_path, batches=poisoned(7), log_every=12, checkpoint_every=3)
+    monkeypatch.setattr(run, "sees_every_step", lambda: False)
     began = r"parameter .* is not finite, noticed at step 9 \(it began at one of steps 7 to 9\)"
     with pytest.raises(Diverged, match=began):
         run.fit()
