@@ -22,7 +22,9 @@ _HOME = {
     "UserError": "errors",
     "make_key": "ops",
 }
-_SUBMODULES = ("backends", "evaluate", "losses", "model", "nn", "ops", "report", "targets", "train")
+_SUBMODULES = (
+    "backends", "data", "evaluate", "losses", "model", "nn", "ops", "report", "targets", "train",
+)  # fmt: skip
 
 __all__ = ["__version__", *_HOME, *_SUBMODULES]
 
