@@ -39,8 +39,8 @@ HEADER = (
 
 
 def network_of(name: str) -> str:
-    """The network that an experiment of either method and any preset decomposes."""
-    return name.removeprefix(APD).removesuffix("-2026")
+    """The network that an experiment of either method and any recipe decomposes."""
+    return name.removeprefix(APD).removesuffix("-2026").removesuffix("-published")
 
 
 def paper_values(name: str) -> tuple[str, str] | None:

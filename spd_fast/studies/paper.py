@@ -40,6 +40,7 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "apd/tms_40-10": (0, 1),
     "tms_40-10-id": (0, 1, 2, 3, 4),
     "apd/tms_40-10-id": (0,),
+    "tms_40-10-id-published": (0,),
     "tms_40-10-2026": (0,),
     "tms_40-10-id-2026": (0,),
     "resid_mlp1": (0, 1, 2),

@@ -14,16 +14,17 @@ MLP = ("resid_mlp1", "resid_mlp2", "resid_mlp3")
 NETWORKS = (*TMS, *MLP)
 LATER = tuple(f"{name}-2026" for name in NETWORKS)
 LANGUAGE = ("stories260k", "stories260k-small", "stories260k-large")
+PUBLISHED = ("tms_40-10-id-published",)
 ROBUST = ("resid_mlp2-robust", "resid_mlp3-robust")
 ALL = pytest.mark.parametrize("name", NETWORKS)
-EVERY_RECIPE = pytest.mark.parametrize("name", [*NETWORKS, *LATER, *ROBUST])
+EVERY_RECIPE = pytest.mark.parametrize("name", [*NETWORKS, *LATER, *PUBLISHED, *ROBUST])
 
 # name: C, gate hidden, coefficient (text or code), p, lr, schedule, steps (text or code), batch
 PAPER = {
     "tms_5-2": (20, 16, {3e-3}, 1, 1e-3, "quarter_cosine", {40_000}, 4096),
     "tms_5-2-id": (20, 16, {3e-3}, 1, 1e-3, "quarter_cosine", {40_000}, 4096),
     "tms_40-10": (200, 16, {1e-4}, 2, 1e-3, "quarter_cosine", {40_000}, 4096),
-    "tms_40-10-id": (200, 16, {1e-4}, 2, 1e-3, "quarter_cosine", {40_000}, 4096),
+    "tms_40-10-id-published": (200, 16, {1e-4}, 2, 1e-3, "quarter_cosine", {40_000}, 4096),
     "resid_mlp1": (100, 16, {1e-5}, 2, 2e-3, "constant", {30_000}, 2048),
     "resid_mlp2": (400, 16, {1e-5, 2e-5}, 2, 1e-3, "constant", {50_000}, 2048),
     "resid_mlp3": (500, 128, {5e-6}, 2, 1e-3, "constant", {100_000, 200_000}, 2048),
@@ -46,7 +47,7 @@ def config(name):
 
 
 def test_every_experiment_of_the_paper_ships_with_both_presets():
-    assert {n for n in recipes() if "/" not in n} == {*NETWORKS, *LATER, *ROBUST, *LANGUAGE}
+    assert {n for n in recipes() if "/" not in n} == {*NETWORKS, *LATER, *PUBLISHED, *ROBUST, *LANGUAGE}
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -57,7 +58,7 @@ def test_recipes_of_language_models_are_valid(name):
     assert language_configuration(recipe("tms_5-2")) is None
 
 
-@ALL
+@pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_has_the_papers_hyperparameters(name):
     C, hidden, coefficients, p, lr, schedule, steps, batch = PAPER[name]
     found = config(name)
@@ -68,6 +69,15 @@ def test_a_recipe_has_the_papers_hyperparameters(name):
     assert (found.lr, found.lr_schedule) == (lr, schedule)
     assert found.steps in steps
     assert (found.batch_size, found.draws, found.preset) == (batch, 1, "paper")
+
+
+def test_only_the_coefficient_of_the_forty_identities_is_not_the_papers():
+    ours, published = config("tms_40-10-id"), config("tms_40-10-id-published")
+    assert ours.losses.importance_minimality.coeff == 5e-5
+    differing = {k for k, v in dict(ours).items() if v != dict(published)[k]}
+    assert differing == {"name", "losses"}
+    minimality = published.losses.importance_minimality.model_copy(update={"coeff": 5e-5})
+    assert ours.losses == published.losses.model_copy(update={"importance_minimality": minimality})
 
 
 @pytest.mark.parametrize("name", PRESET_2026)
