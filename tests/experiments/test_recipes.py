@@ -47,7 +47,13 @@ def config(name):
 
 
 def test_every_experiment_of_the_paper_ships_with_both_presets():
-    assert {n for n in recipes() if "/" not in n} == {*NETWORKS, *LATER, *PUBLISHED, *ROBUST, *LANGUAGE}
+    assert {n for n in recipes() if "/" not in n} == {
+        *NETWORKS,
+        *LATER,
+        *PUBLISHED,
+        *ROBUST,
+        *LANGUAGE,
+    }
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
