@@ -186,7 +186,12 @@ def run(
         trains = trainer.step < config.steps
         if isinstance(config, Config) and config.starts.count > 1 and not resumed:
             trainer = best_start(
-                config, lambda c, at: make_trainer(c, target.to(chosen), at, backend, quiet), out
+                config,
+                lambda c, at: make_trainer(c, target.to(chosen), at, backend, quiet),
+                out,
+                side_by_side=chosen.type == "cpu",
+                backend=backend,
+                quiet=quiet,
             )
         trainer.fit()
         trainer.model.save_pretrained(out)

@@ -10,9 +10,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from spd_fast._files import write_bytes
 from spd_fast._seeds import mixed_seed
@@ -22,8 +27,15 @@ from spd_fast.experiments.records import StartsRecord, read_metrics, read_starts
 from spd_fast.train import Trainer
 from spd_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from spd_fast.train.config import Config
+from spd_fast.train.progress import Progress
 
-__all__ = ["best_start", "chosen_start", "other_starts", "remove_checkpoints", "start_config"]
+__all__ = [
+    "best_start", "chosen_start", "other_starts", "remove_checkpoints", "start_config",
+    "train_start",
+]  # fmt: skip
+
+# From so many steps on starts go side by side: a process takes seconds to begin.
+SIDE_BY_SIDE_FROM = 1000
 
 
 def start_config(config: Config, start: int) -> Config:
@@ -50,20 +62,36 @@ def chosen_start(config: AnyConfig, out: Path) -> StartsRecord | None:
     return _record(config, losses)
 
 
-def best_start(config: Config, make: Callable[[Config, Path], Trainer], out: Path) -> Trainer:
+def best_start(
+    config: Config,
+    make: Callable[[Config, Path], Trainer],
+    out: Path,
+    *,
+    side_by_side: bool = False,
+    backend: str | None = None,
+    quiet: bool = True,
+) -> Trainer:
     """Train every start to ``config.starts.fraction`` of the steps, in ``out/starts/K``, and hand
     over the trainer of the best one at that step, its metrics and checkpoint now those of ``out``.
     Continues where a killed process stopped.
 
     Args:
         make: (configuration, folder) → the trainer of a start.
+        side_by_side: long starts go each in a process of its own, with its share of the threads.
+        backend, quiet: as ``make`` has them, for those processes.
 
     Raises:
         Diverged: every start did. UserError: a start's files are damaged or lost.
     """
     record = chosen_start(config, out)
     if record is None:
-        losses = [_train(config, k, make, f) for k, f in enumerate(_folders(config, out))]
+        with _side_by_side(config, out, backend, side_by_side) as others:
+            losses = []
+            for start, folder in enumerate(_folders(config, out)):
+                if start in others:
+                    _wait(others[start], config, start, folder, quiet)
+                # Also what a process has left undone, whatever became of it.
+                losses.append(train_start(config, start, make, folder))
         if all(loss is None for loss in losses):
             raise Diverged(f"all {len(losses)} starts diverged; try a lower lr ({config.lr} now)")
         record = _record(config, losses)
@@ -129,7 +157,65 @@ def _read_loss(folder: Path) -> float | None:
     return None if loss is None else float(loss)
 
 
-def _train(
+@contextmanager
+def _side_by_side(
+    config: Config, out: Path, backend: str | None, wanted: bool
+) -> Iterator[Mapping[int, subprocess.Popen[bytes]]]:
+    """The processes that train all starts but the first, which is this process's own; none where
+    that does not pay. They end with this process, for they watch its end of a pipe."""
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1 or _steps(config) < SIDE_BY_SIDE_FROM:
+        yield {}
+        return
+    share = max(threads // config.starts.count, 1)
+    others: dict[int, subprocess.Popen[bytes]] = {}
+    try:
+        torch.set_num_threads(share)
+        for start, folder in enumerate(_folders(config, out)):
+            if start and not _loss_file(folder).exists():
+                module = "spd_fast.experiments.start_process"
+                command = [sys.executable, "-m", module, str(out), str(start), str(share)]
+                others[start] = subprocess.Popen(
+                    command + ([] if backend is None else [backend]),
+                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+        yield others
+    finally:
+        torch.set_num_threads(threads)
+        for process in others.values():
+            process.kill()
+            process.communicate()
+
+
+def _wait(
+    process: subprocess.Popen[bytes], config: Config, start: int, folder: Path, quiet: bool
+) -> None:
+    """Show the progress of a start in another process until that has ended."""
+    with Progress(_label(config, start), _steps(config), quiet=quiet) as progress:
+        while True:
+            try:
+                process.wait(timeout=0.2)
+                return
+            except subprocess.TimeoutExpired:
+                progress.update(_steps_done(folder))
+
+
+def _steps_done(folder: Path) -> int:
+    """The last step that a start has logged; its last line may be half written."""
+    try:
+        for line in reversed((folder / "metrics.jsonl").read_text("utf-8").splitlines()):
+            if line.endswith("}"):
+                return int(json.loads(line)["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return 0
+
+
+def _label(config: Config, start: int) -> str:
+    return f"start {start + 1} of {config.starts.count}"
+
+
+def train_start(
     config: Config, start: int, make: Callable[[Config, Path], Trainer], folder: Path
 ) -> float | None:
     """The loss of a start after its part of the steps; None where it diverged."""
@@ -140,7 +226,7 @@ def _train(
     trainer.resume()
     loss: float | None = None
     try:
-        trainer.fit(_steps(config), label=f"start {start + 1} of {config.starts.count}")
+        trainer.fit(_steps(config), label=_label(config, start))
         fresh = trainer.fresh_loss()
         loss = fresh if math.isfinite(fresh) else None
     except Diverged:

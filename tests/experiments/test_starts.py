@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -117,6 +120,69 @@ def test_the_evaluation_tells_of_the_starts_and_counts_their_time(whole):
     others = [whole / "starts" / str(k) for k in range(3) if k != record(whole)["chosen"]]
     assert evaluation["seconds"] == pytest.approx(seconds(whole) + sum(map(seconds, others)))
     assert evaluation["ms_per_step"] == pytest.approx(1e3 * seconds(whole) / 20)
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def with_processes(monkeypatch):
+    """Count the processes that starts of a few steps are given."""
+    begun = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command, **options):
+            begun.append(command)
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(module, "SIDE_BY_SIDE_FROM", 1)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return begun
+
+
+def test_starts_side_by_side_are_the_same(tmp_path, monkeypatch, whole, two_threads):
+    begun = with_processes(monkeypatch)
+    steps, step = [], Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self, index: (steps.append(index), step(self, index))[1]
+    )
+    run(small(*THREE), tmp_path / "run", quiet=True)
+    assert len(begun) == 2
+    assert steps == [*range(8), *range(8, 20)]  # the first start and what follows, no other start
+    assert trained(tmp_path / "run") == trained(whole)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_process_that_fails_leaves_its_start_to_the_run(
+    tmp_path, monkeypatch, whole, two_threads
+):
+    begun = with_processes(monkeypatch)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    run(small(*THREE), tmp_path / "run", quiet=True)
+    assert len(begun) == 2
+    assert trained(tmp_path / "run") == trained(whole)
+
+
+def test_a_start_in_a_process_ends_with_its_caller(tmp_path, whole):
+    """However that ends: the pipe closes."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copytree(whole / "target", out / "target")
+    (out / "config.yaml").write_text(small(*THREE, "steps=1000000").to_yaml())
+    command = [sys.executable, "-m", "spd_fast.experiments.start_process", str(out), "1", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        metrics = out / "starts" / "1" / "metrics.jsonl"
+        while not metrics.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
+    assert not (out / "starts" / "1" / "loss.json").exists()
 
 
 def test_one_start_is_no_start(finished):
