@@ -6,6 +6,7 @@ component is, the second looks at the few chosen ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,12 @@ from spd_fast.model import DecomposedModel
 
 __all__ = ["Context", "Harvest", "component_cosines", "harvest", "head_norms"]
 
+# What a site of an attention layer is, by the end of its name.
+_ATTENTION = re.compile(
+    r"(?:^|\.)(?:(?P<q>q_proj|query)|(?P<kv>[kv]_proj|key|value)|(?P<three>attn\.c_attn)"
+    r"|(?P<joint>attention\.query_key_value)"
+    r"|(?P<o>o_proj|attn\.(?:c_proj|out_proj)|attention\.(?:output\.)?dense))$"
+)
 # A component counts as active where its lower importance exceeds this.
 ACTIVE = 0.01
 
@@ -72,19 +79,24 @@ def component_cosines(V: Tensor, U: Tensor) -> Tensor:
 
 
 def head_norms(model: DecomposedModel, site: str, components: list[int]) -> Tensor | None:
-    """Share of ‖u_c‖² in each head of q, k and v, of ‖v_c‖² in each head of o; None for a site that
-    is none of them."""
+    """Share of ‖u_c‖² in each head of q, k and v (of all three where one matrix makes them), of
+    ‖v_c‖² in each head of o, [k, heads]; None for a site that is none of them, going by the names
+    of transformers' models (Llama, GPT-2, GPT-NeoX, BERT, OPT and those that follow them)."""
     config = getattr(model.target, "config", None)
     heads = getattr(config, "num_attention_heads", None)
-    last = site.rsplit(".", 1)[-1]
-    if heads is None or last not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    if heads is None or not (found := _ATTENTION.search(site)):
         return None
-    if last in ("k_proj", "v_proj"):
+    matrix = found.lastgroup
+    if matrix == "kv":
         heads = getattr(config, "num_key_value_heads", None) or heads
-    vectors = model.V(site).T if last == "o_proj" else model.U(site)  # [C, heads · width]
-    if vectors.shape[1] % heads:
+    vectors = model.V(site).T if matrix == "o" else model.U(site)  # [C, heads · width]
+    # In GPT-2's q, k and v each have their heads; in GPT-NeoX's each head has its q, k and v.
+    outer = 3 if matrix == "three" else 1
+    if vectors.shape[1] % (outer * heads) or (
+        matrix == "joint" and vectors.shape[1] != 3 * model.sites[site].d_in
+    ):
         return None
-    squares = vectors[components].detach().square().unflatten(1, (heads, -1)).sum(dim=-1)
+    squares = vectors[components].detach().square().unflatten(1, (outer, heads, -1)).sum(dim=(1, 3))
     return squares / squares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spd_fast.errors import UserError
-from spd_fast.evaluate.components import component_cosines, harvest
+from spd_fast.evaluate.components import component_cosines, harvest, head_norms
 from spd_fast.model import DecomposedModel
 
 T, VOCABULARY = 7, 11
@@ -119,3 +119,76 @@ def test_an_unknown_site_is_an_error(model):
 def test_no_data_is_an_error(model):
     with pytest.raises(UserError, match="no data"):
         harvest(model, "linear", list)
+
+
+# Attention heads: 2 of width 4; of a Llama's keys one alone.
+WIDTH = 4
+
+
+def attention(family):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 2 * WIDTH, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 6, "max_position_embeddings": T,
+    }  # fmt: skip
+    if family == "llama":
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=1)
+        return transformers.LlamaForCausalLM(config)
+    if family == "gpt2":
+        sizes = {"vocab_size": VOCABULARY, "n_embd": 2 * WIDTH, "n_layer": 1, "n_head": 2}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    if family == "neox":
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+
+
+# What a site writes to (or, of an output, reads from) in head 1: rows of its weight [d_out, d_in].
+SECOND = range(WIDTH, 2 * WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "side", "entries"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj", "U", SECOND),
+        ("llama", "model.layers.0.self_attn.o_proj", "V", SECOND),
+        ("gpt2", "transformer.h.0.attn.c_attn", "U", [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),
+        ("gpt2", "transformer.h.0.attn.c_proj", "V", SECOND),
+        ("neox", "gpt_neox.layers.0.attention.query_key_value", "U", range(12, 24)),
+        ("neox", "gpt_neox.layers.0.attention.dense", "V", SECOND),
+        ("bert", "bert.encoder.layer.0.attention.self.key", "U", SECOND),
+        ("bert", "bert.encoder.layer.0.attention.output.dense", "V", SECOND),
+    ],
+)
+def test_the_norm_of_a_component_lies_in_its_attention_heads(family, site, side, entries):
+    target = attention(family).eval()
+    model = DecomposedModel(target, {site: 5}, output="logits", backend="reference")
+    vectors = model.U(site) if side == "U" else model.V(site).T
+    with torch.no_grad():
+        vectors[2, list(entries)] *= 3
+        chosen = vectors[[2, 0]].square()
+        expected = chosen[:, list(entries)].sum(dim=1) / chosen.sum(dim=1)
+    found = head_norms(model, site, [2, 0])
+    assert found.shape == (2, 2)
+    torch.testing.assert_close(found[:, 1], expected)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(2))
+
+
+def test_keys_have_their_own_number_of_heads():
+    site = "model.layers.0.self_attn.k_proj"
+    model = DecomposedModel(attention("llama").eval(), {site: 5}, output="logits")
+    assert head_norms(model, site, [0, 1, 2]).shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [
+        ("llama", "model.layers.0.mlp.up_proj"),
+        ("gpt2", "transformer.h.0.mlp.c_proj"),
+        ("neox", "gpt_neox.layers.0.mlp.dense_4h_to_h"),
+        ("bert", "bert.encoder.layer.0.output.dense"),
+    ],
+)
+def test_what_is_no_attention_matrix_has_no_heads(family, site):
+    model = DecomposedModel(attention(family).eval(), {site: 5}, output="logits")
+    assert head_norms(model, site, [0]) is None
