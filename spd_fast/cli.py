@@ -359,6 +359,9 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Further settings.")
     ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")
+    ] = None,
     device: Device = None,
     backend: Backend = None,
 ) -> None:
@@ -367,7 +370,7 @@ def plan(
     from spd_fast.experiments.planning import plan_experiment
     from spd_fast.train import set_keys
 
-    data = set_keys(experiments.recipe(experiment), overrides or [])
+    data = set_keys(experiments.recipe(experiment), [*(assignments or []), *(overrides or [])])
     print(plan_experiment(data, device=device, backend=backend).table())
 
 

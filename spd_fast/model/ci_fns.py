@@ -45,7 +45,7 @@ GLOBAL_CI_FNS: tuple[CIFnKind, ...] = ("global_mlp", "transformer")
 # eps of the normalisations: float32's own, in every dtype.
 _EPS = 1.19e-7
 # Above this many elements of a hidden layer, it is made again in the backward, part by part.
-_KEPT = 2**22
+KEPT = 2**22
 
 
 def _std(fan_in: int, head: bool) -> float:
@@ -129,7 +129,7 @@ class VectorMLP(_Parallel):
         rows = x.reshape(-1, x.shape[-1])
         weights, biases = self.weights, self.biases
         components, wide = weights[0].shape[0], max(w.shape[2] for w in weights)
-        size = max(_KEPT // max(rows.shape[0] * wide, 1), 1)
+        size = max(KEPT // max(rows.shape[0] * wide, 1), 1)
         parts = []
         for begin in range(0, components, size):
             part = slice(begin, begin + size)

@@ -42,7 +42,7 @@ Forward = Callable[..., Any]
 # The key of a network for all sites, which then is the only one.
 _GLOBAL = "global"
 # Hidden neurons of an embedding's gates that are in memory at a time.
-_NEURONS = 2**22
+NEURONS = 2**22
 
 
 @dataclass
@@ -367,10 +367,12 @@ class DecomposedModel(SiteModel):
             out = (rest[0], rest[1])
 
         def logits() -> Tensor:
-            rows = inner.reshape(-1, inner.shape[-1])
             evaluated = definite_eval(gate_eval, self.backend, x, network.weights, self.sigmoid)
-            s = ops.gate_logits(rows, network.weights, network.biases, evaluated)
-            return s.reshape(inner.shape)
+
+            def run(h: Tensor) -> tuple[Tensor]:
+                return (ops.gate_logits(h, network.weights, network.biases, evaluated),)
+
+            return torch.cat([s for (s,) in _by_rows(network, inner, run)]).reshape(inner.shape)
 
         return SiteImportances(
             *out, logits=logits, sigmoid=self.sigmoid, inner=lambda: inner, known_inner=inner
@@ -379,8 +381,7 @@ class DecomposedModel(SiteModel):
     def _gate_inner(
         self, gate: MLPGate, inner: Tensor, penalty: Penalty | None
     ) -> tuple[Tensor, Tensor]:
-        """Lower importances and penalty sums of h; on a CPU, where the hidden layer is formed, no
-        more than a part of its rows is ever kept."""
+        """Lower importances and penalty sums of h; on a CPU the hidden layer is formed."""
 
         def run(h: Tensor) -> tuple[Tensor, Tensor]:
             return ops.gate_inner(
@@ -390,15 +391,7 @@ class DecomposedModel(SiteModel):
 
         if inner.is_cuda:
             return run(inner)
-        neurons = inner.shape[-1] * max(b.shape[1] for b in gate.biases)
-        rows = inner.reshape(-1, inner.shape[-1])
-        lower, sums = zip(
-            *(
-                checkpoint(run, part, use_reentrant=False, preserve_rng_state=False)
-                for part in rows.split(max(_NEURONS // neurons, 1))
-            ),
-            strict=True,
-        )
+        lower, sums = zip(*_by_rows(gate, inner, run), strict=True)
         return torch.cat(lower).reshape(inner.shape), torch.stack(sums).sum(dim=0)
 
     def _from_logits(
@@ -553,6 +546,21 @@ class DecomposedModel(SiteModel):
         aliases = set(map(id, tied))
         free = [p for p in self.parameters() if id(p) not in aliases]
         return [free, tied] if tied else [free]
+
+
+def _by_rows(
+    gate: MLPGate, inner: Tensor, run: Callable[[Tensor], tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
+    """``run`` over the rows of h [..., C]; on a CPU in parts: of a hidden layer that it forms no
+    more than one is ever in memory, and none is kept for the backward, which forms it again."""
+    neurons = inner.shape[-1] * max(b.shape[1] for b in gate.biases)
+    rows = inner.reshape(-1, inner.shape[-1])
+    if inner.is_cuda:
+        return [run(rows)]
+    return [
+        checkpoint(run, part, use_reentrant=False, preserve_rng_state=False)
+        for part in rows.split(max(NEURONS // neurons, 1))
+    ]
 
 
 def _before(masked: Forward, module: Forward) -> Forward:

@@ -3,26 +3,42 @@
 Memory is what tensors take, as ``torch.cuda.max_memory_allocated`` counts it. A process has more
 resident: code, buffers of the matrix product, and what its allocator keeps between tensors.
 
-Of one step with N positions, at float32, C components a site and P trained numbers:
+Of one step with N positions, at float32, C components a site and P trained numbers, the larger of
+two moments counts, each beside the target, its P numbers, Adam's 2 P moments and what the clean
+forward holds: in a transformer N Σ (d_in + d_out) over all its matrices, else the sites' inputs.
 
-- parameters P, Adam's moments 2 P;
-- per site and component: h, g and the gradient of g, 3 N C, where a fused backend computes them; on
-  ``reference`` also masks, sources and the gates' hidden layers, (2 hidden + 7) N C, and 2 hidden
-  N C more at the site whose gate's backward is under way;
-- adversarial sources, their gradients and moments: 2 N C a PGD loss, 4 N C persistent ones;
-- the larger of what the forwards keep and of what is left of it when all P gradients are there:
+When the forwards are done:
 
-  - kept in a transformer: 2 N Σ (d_in + d_out) over all its matrices and 4 N of the output a masked
-    forward, for its norms, attention and gating keep about as much again; a quarter of that where
-    one site alone is masked (half of the network lies behind a site on average, and frozen layers
-    keep no inputs);
-  - kept in a plain network: the sites' inputs of the clean forward and of each that masks all
-    sites, for a frozen layer without a site keeps nothing;
-  - left: the sites' inputs of the clean forward, which the gates' gradients need;
+- per site and component h and g, 2 N C;
+- of every masked forward its activations: in a transformer 5/4 of what the clean one holds, 2 N of
+  the output, and 4 N of the inner width a layer for a GELU composed of elementary operations, as
+  GPT-2's is; in a plain network the sites' inputs alone, for a frozen layer without a site keeps
+  nothing. 3/8 of that where one site alone is masked: half of the network lies behind a site on
+  average, and frozen layers keep no inputs;
+- two activations of the widest matrix; with accumulation, P gradients.
 
-- scratch: 4 N of the largest C, and two activations of the widest matrix.
+When the masked forwards' backwards are done and those of the gates begin:
 
-The target's own operations are not looked at: its activations are an estimate.
+- h, g and the gradient of g, 3 N C; the logits' gradients, N C, of a network for all sites;
+- the gradients of V and U, and P of the other pieces, with accumulation;
+- scratch: 3 N of the largest C, and two activations of the widest matrix; where gates' hidden
+  layers are formed, four of a part of the rows at embeddings, two and a half elsewhere.
+
+With activation checkpointing no activations are kept, but one masked forward's come back in the
+backward, where several losses have all else of the second moment in memory already.
+
+In all of these:
+
+- adversarial sources, their gradients and moments: 2 N C a PGD loss, 4 N C persistent ones; N is 1
+  where sources are shared, the positions of one sequence where each of those has its own, and
+  persistent ones then are spread out over all positions once more;
+- hidden layers that are kept: 2 hidden N C of ``vector_mlp``, where they are small; 2 N C for the
+  logits of binomial sampling;
+- on ``reference`` also masks, sources and the gates' hidden layers, (2 hidden + 7) N C in place of
+  the h and g above, and 2 hidden N C more at the site whose gate's backward is under way.
+
+The target's own operations are not looked at: its activations are an estimate. Nor are sites that
+see fewer positions than the others (a head on a mean): N is that of all.
 """
 
 from __future__ import annotations
@@ -36,7 +52,8 @@ from torch import nn
 
 from spd_fast import backends
 from spd_fast.model import DecomposedModel
-from spd_fast.model.ci_fns import MLPGate
+from spd_fast.model.ci_fns import GLOBAL_CI_FNS, KEPT, MLPGate
+from spd_fast.model.decomposed import NEURONS
 from spd_fast.model.sites import resolve_sites
 from spd_fast.train.config import TrainConfig
 
@@ -45,6 +62,8 @@ __all__ = ["Plan", "make_plan"]
 MIB = 2**20
 # Neurons of gates a second and core, forward and backward, of the C++ kernels (docs/results.md).
 GATE_FORWARD, GATE_BACKWARD = 1.7e9, 0.9e9
+# Activations of transformers that keep about four more tensors than torch's own.
+COMPOSED_GELUS = ("NewGELUActivation", "FastGELUActivation")
 
 
 @dataclass(frozen=True)
@@ -91,10 +110,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def _forwards(config: TrainConfig, sites: int) -> tuple[float, float, float]:
-    """(masked forwards of all sites, masked forwards of one site, N C tensors of adversaries) whose
-    graphs are alive together."""
+def _forwards(config: TrainConfig, sites: int, positions: int) -> tuple[float, float, float]:
+    """(masked forwards of all sites, masked forwards of one site, numbers of adversaries a
+    component) that are alive together; ``positions`` of a piece of the batch."""
     whole = single = adversarial = 0.0
+    options = config.losses.options()
+    samples = config.batch_size // config.accumulation
     for name in config.losses.coefficients():
         if "faithfulness" in name or name == "importance_minimality":
             continue
@@ -104,7 +125,15 @@ def _forwards(config: TrainConfig, sites: int) -> tuple[float, float, float]:
         else:
             whole += draws
         if "pgd" in name:
-            adversarial += 4 if name.startswith("persistent") else 2
+            scope = options[name].scope
+            own = {
+                "per_position": positions // samples,
+                "unique_per_datapoint": positions,
+                "per_sample_and_position": positions * config.accumulation,
+            }.get(scope, 1)
+            adversarial += own * (4 if name.startswith("persistent") else 2)
+            if name.startswith("persistent") and own < positions:
+                adversarial += positions
     return whole, single, adversarial
 
 
@@ -112,6 +141,95 @@ def _matrices(target: nn.Module) -> list[tuple[int, int]]:
     """(d_in, d_out) of every matrix of the target that could be a site; a table has d_in 0."""
     found = resolve_sites(target, {"*": 1}).values()
     return [(0 if s.kind == "embedding" else s.d_in, s.d_out) for s in found]
+
+
+def _activations(target: nn.Module, inputs: float) -> tuple[float, float]:
+    """Numbers a position that the clean forward holds, and those that a masked forward of all sites
+    keeps; ``inputs`` are the sites'."""
+    config = getattr(target, "config", None)
+    if not hasattr(config, "num_attention_heads"):
+        return inputs, inputs
+    matrices = _matrices(target)
+    widths = float(sum(a + b for a, b in matrices))
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    inner = inner or 4 * getattr(config, "hidden_size", 0)
+    gelus = sum(type(m).__name__ in COMPOSED_GELUS for m in target.modules())
+    return widths, 1.25 * widths + 2.0 * matrices[-1][1] + 4.0 * gelus * inner
+
+
+def _importances(
+    model: DecomposedModel, config: TrainConfig, backend: str, N: int
+) -> tuple[float, float]:
+    """Numbers that importances hold in the forward, and their gradients' in the backward."""
+    sites = model.sites.values()
+    components = sum(s.components for s in sites)
+    hidden = max(model.options["ci_hidden"], default=0)
+    kind = model.options["ci_fn"]
+    if backend == "reference":
+        kept = 2.0 * hidden if kind == "mlp" else 0.0
+        most = max(s.components for s in sites)
+        return N * ((kept + 7) * components + kept * most), 0.0
+    held = 2.0 * components
+    if config.sampling == "binomial":
+        held += 2.0 * components
+    if kind == "vector_mlp":
+        held += sum(2.0 * hidden * s.components for s in sites if N * hidden * s.components <= KEPT)
+    return N * held, float(N * components * (2 if kind in GLOBAL_CI_FNS else 1))
+
+
+def _hidden_layers(model: DecomposedModel, config: TrainConfig, N: int) -> float:
+    """Of gates whose hidden layer is formed, a part of the rows at a time: numbers of that part."""
+    hidden = max(model.options["ci_hidden"], default=0) if model.options["ci_fn"] == "mlp" else 0
+    formed = [
+        (4.0 if s.kind == "embedding" else 2.5) * min(s.components * hidden * N, NEURONS)
+        for s in model.sites.values()
+        if s.kind == "embedding" or config.sampling == "binomial"
+    ]
+    return max(formed, default=0.0)
+
+
+def _memory(
+    model: DecomposedModel,
+    config: TrainConfig,
+    backend: str,
+    N: int,
+    forwards: tuple[float, float, float],
+) -> dict[str, float]:
+    """Category → bytes, at the largest of the moments."""
+    whole, single, adversarial = forwards
+    sites = model.sites.values()
+    size = next(model.parameters()).element_size()
+    # Tied components are two sets of parameters in one storage: moments and gradients are double.
+    trained = sum(p.numel() for p in model.parameters())
+    stored = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
+    target = sum({t.data_ptr(): t.nbytes for t in model.target.state_dict().values()}.values())
+    vectors = sum(p.numel() for p in model.components.parameters())
+    before = trained if config.accumulation > 1 else 0
+    clean, masked = _activations(
+        model.target, float(sum(s.d_in for s in sites if s.kind != "embedding"))
+    )
+    kept = 0.0 if config.activation_checkpointing else masked * (whole + 3 / 8 * single)
+    again = masked * (1.0 if whole else 3 / 8) if whole + single > 1 else 0.0
+    held, gradient = _importances(model, config, backend, N)
+    wide = 2.0 * max(max(m) for m in _matrices(model.target))
+    tiles = (3 * max(s.components for s in sites) + wide) * N
+    # Numbers of importances, of activations or gradients, and of scratch.
+    moments = [
+        (held, (clean + kept) * N + before, wide * N),
+        (held + gradient, clean * N + vectors + before, tiles + _hidden_layers(model, config, N)),
+    ]
+    if config.activation_checkpointing:
+        moments.append((held + gradient, (clean + again) * N + vectors + before, wide * N))
+    importances, activations, scratch = max(moments, key=sum)
+    return {
+        "target": float(target),
+        "components, importance fns": float(stored * size),
+        "Adam's moments": float(2 * trained * size),
+        "importances": importances * size,
+        "adversarial sources": adversarial * sum(s.components for s in sites) * size,
+        "activations or gradients": activations * size,
+        "scratch": scratch * size,
+    }
 
 
 def make_plan(
@@ -129,39 +247,13 @@ def make_plan(
     device = next(model.parameters()).device
     backend = backends.name_for(model.backend, device)
     N = positions // config.accumulation
-    size = next(model.parameters()).element_size()
     sites = list(model.sites.values())
-    whole, single, adversarial = _forwards(config, len(sites))
+    whole, single, adversarial = _forwards(config, len(sites), N)
     components = sum(s.components for s in sites)
     matrices = _matrices(model.target)
-    widths = float(sum(a + b for a, b in matrices))
-    transformer = hasattr(getattr(model.target, "config", None), "num_attention_heads")
-    inputs = float(sum(s.d_in for s in sites if s.kind != "embedding"))
-    if transformer:
-        kept = (2 * widths + 4 * matrices[-1][1]) * (whole + single / 4)
-    else:
-        kept = inputs * (1 + whole)
-    most = max(s.components for s in sites)
-    scratch = 4 * most + 2 * max(max(m) for m in matrices)
     hidden = max(model.options["ci_hidden"], default=0)
     gates = [m for m in model.ci_fns.values() if isinstance(m, MLPGate)]
-    importances = 3.0 * components
-    if backend == "reference":
-        neurons_kept = 2.0 * hidden if gates else 0.0
-        importances = (neurons_kept + 7) * components + neurons_kept * most
-    # Tied components are two sets of parameters in one storage: moments and gradients are double.
-    trained = sum(p.numel() for p in model.parameters())
-    stored = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
-    target = sum({t.data_ptr(): t.nbytes for t in model.target.state_dict().values()}.values())
-    memory = {
-        "target": float(target),
-        "components, importance fns": float(stored * size),
-        "Adam's moments": float(2 * trained * size),
-        "importances": importances * N * size,
-        "adversarial sources": adversarial * N * components * size,
-        "activations or gradients": max(kept * N, inputs * N + trained) * size,
-        "scratch": float(scratch * N * size),
-    }
+    memory = _memory(model, config, backend, N, (whole, single, adversarial))
     product = sum(
         s.components * ((0 if s.kind == "embedding" else s.d_in) + s.d_out) for s in sites
     )

@@ -54,3 +54,21 @@ def test_a_part_of_the_batch_sees_the_jitter_of_the_whole():
     other = jittered(part.importances, model.sites, part.key, 1, row_offset=4)
     for name in model.sites:
         torch.testing.assert_close(other[name].lower, one[name].lower[4:], rtol=1e-13, atol=0)
+
+
+def test_no_hidden_layer_of_a_gate_is_kept_for_the_jitter():
+    hidden = 64
+    model = toys.decomposed(ci_hidden=(hidden,))
+    current = step(model)
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        jittered(current.importances, model.sites, current.key, 1)
+    components = sum(site.components for site in model.sites.values())
+    # One hidden layer alone would be as much; measured: 3 numbers a component and position.
+    assert kept < hidden * components * 9

@@ -153,7 +153,7 @@ def test_inner_activations_are_computed_when_asked_for(kind):
 def test_a_vector_mlp_in_parts_is_the_whole(monkeypatch):
     model, x = decomposed("vector_mlp"), X
     whole = model.causal_importances(model.clean_forward(x))["head"].lower
-    monkeypatch.setattr(ci_fns, "_KEPT", 80)
+    monkeypatch.setattr(ci_fns, "KEPT", 80)
     parts = model.causal_importances(model.clean_forward(x))["head"].lower
     toys.assert_same_gradients(model, parts, whole)
 

@@ -8,15 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from spd_fast import cli, targets
 from spd_fast.experiments import configuration, recipe
 from spd_fast.experiments.runs import make_trainer
-from spd_fast.train import set_keys
+from spd_fast.model import DecomposedModel
+from spd_fast.train import TrainConfig, Trainer, set_keys
 from spd_fast.train.plan import make_plan
 from tests.conftest import needs_extension
 from tests.train.tensor_peak import tensor_peak
 from tests.train.test_trainer import trainer
+
+transformers = pytest.importorskip("transformers")
 
 
 def planned(positions=9, **changes):
@@ -52,7 +57,34 @@ def test_an_adversary_keeps_sources():
     assert planned(losses=attack).memory["adversarial sources"] > 0
 
 
-# Predicted over measured: 1.00, 1.00, 1.11 and 0.98 on cpu, 0.95 on reference.
+# Of a transformer: 4 rows of 128 positions, width 64, inner width 256, three layers.
+TOKENS = torch.zeros(4, 128, dtype=torch.long)
+MINIMALITY = {"coeff": 1e-3, "p": 1.0}
+WHOLE = {"faithfulness": 1.0, "stochastic_recon_layerwise": 0, "importance_minimality": MINIMALITY}
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 256, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+LAYERS = {"gpt2": "transformer.h.*", "neox": "*layers*", "bert": "encoder.*", "llama": "*layers*"}
+# Family, sites, options of the model, settings. Predicted over measured, in this order: 1.13, 1.06,
+# 1.08, 1.05, 1.04, 1.01, 1.09, 0.94, 1.05.
+CASES = [
+    ("vision mlp", {"*": 512}, {}, {}),
+    ("bert", {LAYERS["bert"]: 512}, {}, {}),
+    ("neox", {LAYERS["neox"]: 64}, {}, {"losses": WHOLE | {"stochastic_recon_layerwise": 1}}),
+    ("llama", {LAYERS["llama"]: 256}, {}, {"losses": WHOLE | {"ci_masked_recon": 1}}),
+    ("gpt2", {LAYERS["gpt2"]: 512}, {}, {}),
+    ("gpt2", {LAYERS["gpt2"]: 256, "transformer.wte": 256, "lm_head": 256}, {}, {}),
+    ("gpt2", {LAYERS["gpt2"]: 64}, {"ci_fn": "vector_mlp", "ci_hidden": (8,)}, {}),
+    ("gpt2", {LAYERS["gpt2"]: 512}, {"ci_fn": "transformer"}, {"losses": WHOLE | {
+        "persistent_pgd_recon": {"coeff": 1, "lr": 0.01}}}),
+    ("gpt2", {LAYERS["gpt2"]: 256}, {}, {"sampling": "binomial", "activation_checkpointing": True}),
+]  # fmt: skip
+
+
+# Predicted over measured: 0.88, 0.89, 1.14 and 0.96 on cpu, 0.94 on reference.
 @pytest.mark.parametrize(
     ("name", "batch_size", "backend"),
     [
@@ -82,20 +114,80 @@ def test_the_predicted_peak_of_a_toy_is_within_15_per_cent_of_its_tensors(
     assert 0.85 < plan.total / measured < 1.15
 
 
+class MLP(nn.Module):
+    """Tokens that are vectors already, mixed along both axes; no convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.across = nn.Linear(48, 64), nn.Linear(128, 128)
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        x = self.patch(x)
+        x = x + self.across(self.norm(x).mT).mT
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def family(name):
+    if name == "vision mlp":
+        return MLP()
+    if name == "gpt2":
+        shape = {"vocab_size": 512, "n_positions": 128, "n_embd": 64, "n_layer": 3, "n_head": 4}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    if name == "neox":
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    return transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("name", "sites", "model", "settings"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_predicted_peak_of_a_network_is_within_15_per_cent_of_its_tensors(
+    name, sites, model, settings
+):
+    vision, made = name == "vision mlp", []
+    batch = torch.zeros(4, 128, 48) if vision else TOKENS
+    output = {"vision mlp": None, "bert": "last_hidden_state"}.get(name, "logits")
+    config = TrainConfig(
+        **{"steps": 4, "batch_size": 4, "lr": 1e-3, "lr_schedule": "constant",
+           "warm_up": {"steps": 0}, "losses": WHOLE} | settings
+    )  # fmt: skip
+
+    def train():
+        run = Trainer(
+            DecomposedModel(
+                family(name).eval(), sites, delta=True, output=output, backend="cpu", **model
+            ),
+            config, lambda _: batch, quiet=True,
+        )  # fmt: skip
+        made.append(run.model)
+        for step in range(2):
+            run.train_step(step)
+        return run
+
+    measured = tensor_peak(train)
+    plan = make_plan(made[0], config, 4 * 128, measure=lambda _: None)
+    assert 0.85 < plan.total / measured < 1.15
+
+
 @needs_extension
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(),
     reason="no /proc/self/clear_refs, which resets the peak memory",
 )
 def test_the_predicted_peak_is_within_15_per_cent_of_the_measured_one():
-    pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.measure_peak"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # Of the resident set, measured: 0.92; of what tensors take: 1.11.
+    # Of the resident set, measured: 0.90.
     assert 0.85 < found["predicted"] / found["measured"] < 1.15
 
 
@@ -106,6 +198,13 @@ def test_the_command_line_plans_an_experiment(capsys):
     out = capsys.readouterr().out
     assert "linear1" in out
     assert "64 positions a step" in out
+
+
+def test_settings_are_changed_as_those_of_a_run_are(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "tms_5-2", "--set", "batch_size=32"])
+    assert stopped.value.code in (0, None)
+    assert "32 positions a step" in capsys.readouterr().out
 
 
 def test_an_unknown_experiment_is_an_error(capsys):
