@@ -86,7 +86,8 @@ class ArrayBatches:
         shuffle: False keeps the rows' order.
 
     Raises:
-        UserError: a stream without a length, a length above the rows', or fewer rows than a batch.
+        UserError: no array, a stream without a length, a length above the rows', or fewer rows than
+            a batch.
     """
 
     def __init__(
@@ -100,6 +101,12 @@ class ArrayBatches:
         shuffle: bool = True,
         device: str = "cpu",
     ) -> None:
+        if not isinstance(rows, np.ndarray | Tensor):
+            raise UserError(f"rows are an array or a tensor, got a {type(rows).__name__}")
+        if batch_size < 1 or (length is not None and length < 1):
+            raise UserError(
+                f"batch_size and length must be at least 1, got {batch_size} and {length}"
+            )
         width = rows.shape[1] if rows.ndim > 1 else None
         if width is None and length is None:
             raise UserError("a stream of tokens needs the length of a sequence (data.length)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from spd_fast.errors import UserError, nearest
 
@@ -18,7 +20,8 @@ class StreamBatches:
     """step → batch of any iterable of batches, which must give the same ones whenever it is
     iterated. At its end it is iterated again.
 
-    A resumed run skips the batches that it has had: they are read, not computed on.
+    A resumed run skips the batches that it has had: they are read, not computed on. A DataLoader
+    that shuffles without a generator of its own gives others then: a warning says so.
 
     Raises:
         UserError: an empty iterable; one that can be iterated only once and is asked for an earlier
@@ -26,6 +29,14 @@ class StreamBatches:
     """
 
     def __init__(self, batches: Iterable[Any], device: str = "cpu") -> None:
+        sampler = getattr(batches, "sampler", None)
+        if isinstance(sampler, RandomSampler) and sampler.generator is None:
+            warnings.warn(
+                "a DataLoader that shuffles without a generator has another order every time: "
+                "a resumed run will not continue exactly: give it "
+                "generator=torch.Generator().manual_seed(N)",
+                stacklevel=2,
+            )
         self.batches, self.device = batches, device
         self._iterator: Iterator[Any] = iter(batches)
         # A generator is its own iterator: once only.
@@ -67,7 +78,7 @@ class StreamBatches:
 def _to(batch: Any, device: str) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         return type(batch)(_to(value, device) for value in batch)

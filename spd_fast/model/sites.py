@@ -179,6 +179,11 @@ def _chosen(modules: dict[str, nn.Module], patterns: Mapping[str, int]) -> dict[
     """Site name → C."""
     decomposable = {n: m for n, m in modules.items() if n and _matrix(m) is not None}
     with_width = {n: m for n, m in modules.items() if n and _input_width(m) is not None}
+    if not decomposable and _matrix(modules[""]) is not None:
+        raise UserError(
+            f"the target is a {type(modules['']).__name__} itself, whose site would have no name: "
+            "put it into an nn.Sequential"
+        )
     if not decomposable:
         raise UserError(
             f"the target ({type(modules['']).__name__}) has no nn.Linear, nn.Embedding or Conv1D "

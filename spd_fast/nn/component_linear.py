@@ -71,7 +71,11 @@ class ComponentLinear(nn.Module):
             ValueError: shapes that do not fit.
         """
         if isinstance(mask, Tensor):
-            full = mask.to(x.dtype).expand(*x.shape[:-1], self.C)
+            shape = (*x.shape[:-1], self.C)
+            try:
+                full = mask.to(x.dtype).expand(shape)
+            except RuntimeError:
+                raise ValueError(f"mask is {tuple(mask.shape)}, need {shape}") from None
             mask = MaskRecipe(source=full)
         y = ops.component_linear(
             x, self.V, self.U, mask or MaskRecipe(), bias=self.bias, backend=self.backend

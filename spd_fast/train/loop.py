@@ -264,9 +264,12 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         """Continue from the newest checkpoint; False where there is none.
 
         Raises:
-            UserError: a checkpoint that cannot be read or belongs to another run.
+            UserError: no folder; a checkpoint that cannot be read or belongs to another run.
         """
-        assert self.out is not None
+        if self.out is None:
+            raise UserError(
+                "resume: checkpoints lie in the run's folder; make the trainer with `out`"
+            )
         path = latest_checkpoint(self.out / "checkpoints")
         if path is None:
             _truncate_metrics(self.out / "metrics.jsonl", 0)

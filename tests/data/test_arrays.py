@@ -79,6 +79,8 @@ def test_tensors_of_floats_stay_what_they_are():
         (ROWS.reshape(-1), {}, "needs the length of a sequence"),
         (ROWS, {"length": 7}, "data.length is 7, but the rows have 6 positions"),
         (ROWS[:1], {}, "1 sequences do not fill a batch of 2"),
+        (ROWS.tolist(), {}, "an array or a tensor, got a list"),
+        (ROWS, {"length": 0}, "must be at least 1, got 2 and 0"),
     ],
 )
 def test_what_makes_no_batches_is_an_error(rows, options, message):

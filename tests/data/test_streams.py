@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from spd_fast.data import PackedTokens, StreamBatches, dataset_rows
 from spd_fast.errors import UserError
@@ -28,8 +29,23 @@ def test_an_earlier_batch_comes_again():
 
 
 def test_a_loader_is_an_iterable():
-    loader = torch.utils.data.DataLoader(torch.arange(6), batch_size=2)
+    loader = DataLoader(torch.arange(6), batch_size=2)
     assert first(StreamBatches(loader), range(4)) == [0, 2, 4, 0]
+
+
+def test_a_loader_that_cannot_be_resumed_says_so():
+    with pytest.warns(UserWarning, match="will not continue exactly"):
+        StreamBatches(DataLoader(torch.arange(6), batch_size=2, shuffle=True))
+
+
+def test_a_shuffled_loader_with_a_generator_resumes():
+    def loader():
+        generator = torch.Generator().manual_seed(3)
+        return DataLoader(torch.arange(6), batch_size=2, shuffle=True, generator=generator)
+
+    whole, resumed = StreamBatches(loader()), StreamBatches(loader())
+    expected = [whole(step).tolist() for step in range(7)]
+    assert [resumed(step).tolist() for step in (5, 6)] == expected[5:]
 
 
 def test_a_generator_goes_once():

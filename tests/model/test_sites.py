@@ -13,6 +13,11 @@ from spd_fast.targets import TMS
 from tests.toys import Net
 
 
+def test_a_target_that_is_a_site_itself_says_what_to_do():
+    with pytest.raises(UserError, match=r"is a Linear itself.*nn\.Sequential"):
+        resolve_sites(nn.Linear(3, 4), {"*": 5})
+
+
 def test_a_dotted_path_names_one_site():
     sites = resolve_sites(Net(), {"blocks.1.up": 3})
     assert list(sites) == ["blocks.1.up"]

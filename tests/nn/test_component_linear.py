@@ -91,6 +91,11 @@ def test_neither_input_is_written_to():
     assert torch.equal(mask, before[1])
 
 
+def test_a_mask_of_another_shape_is_an_error():
+    with pytest.raises(ValueError, match=r"mask is \(3, 6\), need \(3, 5\)"):
+        ComponentLinear(5, 8, 4)(torch.ones(3, 8), torch.ones(3, 6))
+
+
 def test_a_delta_of_another_shape_is_an_error():
     made, x = layer().double(), normal(1, 3, D_IN)
     with pytest.raises(ValueError, match=r"is \(5, 4\) and \(3,\), need \(4, 5\) and \(3,\)"):

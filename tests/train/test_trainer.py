@@ -394,6 +394,11 @@ def test_resume_continues_at_the_step_of_the_newest_checkpoint(tmp_path):
     assert run.step == 6
 
 
+def test_resume_without_a_folder_is_an_error():
+    with pytest.raises(UserError, match="make the trainer with `out`"):
+        trainer().resume()
+
+
 def test_resume_without_a_checkpoint_starts_over(tmp_path):
     interrupted(tmp_path, 5)
     assert metrics(tmp_path)
