@@ -1,6 +1,6 @@
 """The compile gate: every kernel of the registry for every target, without a GPU.
 
-    python -m spd_fast.kernels.compile [--targets sm_80 sm_90 sm_100 gfx942] [--out table.csv]
+    python -m spd_fast.kernels.compile [--targets sm_80 sm_90 sm_100 gfx942] [--full] [--out FILE]
 
 Compiles with whatever Triton is imported, in one process a core, and finds again in Triton's cache
 what has not changed. Reads registers, stack and shared memory from the compiled code (NVIDIA:
@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--defaults", action="store_true", help="only the shipped defaults")
+    parser.add_argument("--full", action="store_true", help="more odd sizes, and views")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)),
                         help="processes; the machine's cores unless given")  # fmt: skip
     parser.add_argument("--out", type=Path, help="CSV to write; {triton} stands for the version")
@@ -156,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         for index, case in enumerate(_registered())
         if (not options.kernels or case.name in options.kernels)
         and (case.default or not options.defaults)
+        and (options.full or not case.full)
         for target in options.targets
     ]
     rows = []

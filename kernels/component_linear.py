@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spd_fast.kernels import random, regimes
-from spd_fast.kernels.configs import Config, launch, operand_class, pick
+from spd_fast.kernels.configs import Config, by_divisibility, launch, operand_class, pick
 from spd_fast.kernels.product import addmm, mm, precision, product_tile, tile_of
 
 # How r is known: m = 1 or g, a tensor, drawn, drawn and rounded to {0, 1}.
@@ -267,6 +267,12 @@ class _Recipe:
             return (~self.routing).to(dtype)[:, None]
         return torch.where(self.routing, self.delta, 1.0).to(dtype)[:, None]
 
+    def facts(self) -> tuple[int | Tensor | None, ...]:
+        """What the choice of a tile has to know of (configs.by_divisibility)."""
+        vectors = (self.key, self.delta, self.routing)
+        addresses = (None if t is None else t.data_ptr() for t in vectors)
+        return (self.lower, self.source, *addresses)
+
     def arguments(self) -> tuple[object, ...]:
         def strided(t: Tensor | None) -> tuple[object, ...]:
             return (self.dummy, 0, 0) if t is None else (t, *t.stride())
@@ -347,6 +353,8 @@ def _masked_chunk(
         )  # fmt: skip
 
     operands = operand_class(x) if in_kernel else "any"
+    factors = (d_in, x, v) if in_kernel else (h,)
+    operands = by_divisibility("mask_forward", operands, count, *factors, *recipe.facts())
     run(pick("mask_forward", operands, x, (N, count, d_in), lambda c: run(c, torch.empty_like(a))))
     return a
 
@@ -372,7 +380,11 @@ def _small_forward(
             config=config,
         )  # fmt: skip
 
-    run(pick("small_forward", operand_class(x), x, (N, C, d_in, d_out), run))
+    operands = by_divisibility(
+        "small_forward", operand_class(x), C, d_in, d_out, x, inner, V, U, W,
+        None if bias is None else bias.data_ptr(), *recipe.facts(),
+    )  # fmt: skip
+    run(pick("small_forward", operands, x, (N, C, d_in, d_out), run))
     return y
 
 
@@ -501,6 +513,11 @@ def _backward_chunk(
         )  # fmt: skip
 
     operands = operand_class(x) if in_kernel else "any"
+    outer = (d_out, grad, some_U) if in_kernel else (a_bar,)
+    factors = (d_in, x, v) if product_h else (h,)
+    operands = by_divisibility(
+        "mask_backward", operands, C, count, *outer, *factors, *recipe.facts()
+    )
     # A trial must not overwrite its own inputs: it writes to buffers of its own.
     run(pick("mask_backward", operands, x, (N, count, depth),
              lambda c: run(c, torch.empty_like(a), torch.empty_like(out))))  # fmt: skip

@@ -22,7 +22,9 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["CONFIGS", "Config", "launch", "operand_class", "pick", "tf32_allowed"]
+__all__ = [
+    "CONFIGS", "Config", "by_divisibility", "launch", "operand_class", "pick", "tf32_allowed",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,43 @@ def _tile(n: int, c: int, k: int | None = None, *, warps: int = 4, stages: int =
 
 
 # kernel → operand class → candidates. "mma": bf16 or tf32 products on matrix units; "ieee": fp32
-# products on the fp32 pipe (toys); "any": no product in the kernel.
+# products on the fp32 pipe (toys); "any": no product in the kernel. "… ragged" stands for a class
+# that would spill where sizes, strides or addresses do not divide by 16 (by_divisibility).
 CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
     "gate_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
+        "mma ragged": (_tile(64, 32, 32, stages=3),),
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(64, 32), _tile(32, 64)),
     },
     # By the hidden width: up to 16, 128, 512 and 1024 (gate.backward_class).
     "gate_backward": {
         "any": (_tile(32, 32), _tile(64, 16)),
+        "any ragged": (_tile(32, 32, warps=8),),
         "wide": (_tile(64, 16),),
+        "wide ragged": (_tile(32, 16, warps=8),),
         "wider": (_tile(64, 16, warps=8),),
+        "wider ragged": (_tile(64, 8, warps=8),),
         "widest": (_tile(64, 8, warps=8),),
     },
     "mask_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
+        "mma ragged": (_tile(64, 64, 32, warps=8, stages=3),),
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(32, 64), _tile(16, 128)),
     },
     "mask_backward": {
         "mma": (_tile(64, 32, 32, stages=3), _tile(128, 32, 32, warps=8, stages=3)),
+        "mma ragged": (_tile(32, 32, 32, stages=3),),
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(16, 64), _tile(32, 64)),
+        "any ragged": (_tile(16, 64, warps=8),),
     },
     "small_forward": {
         "mma": (_tile(64, 32, 32, stages=2),),
+        "mma ragged": (_tile(64, 32, 32, warps=8, stages=2),),
         "ieee": (_tile(32, 16, 16), _tile(16, 32, 16)),
+        "ieee ragged": (_tile(32, 16, 16, warps=8),),
     },
     "importances": {"any": (_tile(64, 64), _tile(32, 128))},
     "embedding_backward": {"any": (_tile(8, 128), _tile(16, 128))},
@@ -98,6 +110,29 @@ def operand_class(tensor: Tensor) -> str:
     if tensor.dtype != torch.float32:
         return "mma"
     return "mma" if tensor.is_cuda and tf32_allowed() else "ieee"
+
+
+def by_divisibility(kernel: str, operands: str, *facts: int | Tensor | None) -> str:
+    """``operands``, or its ragged class where it has one and the launch needs it.
+
+    Triton compiles into a launch what it finds: sizes, row strides and addresses that 16 divides,
+    columns side by side. Where all of that is so of ``facts`` (sizes, addresses, and matrices by
+    both strides and address), elements are loaded several at a time; where not, each has an address
+    and a mask of its own, and these take registers. How many rows there are does not matter.
+    """
+    ragged = f"{operands} ragged"
+    if ragged not in CONFIGS[kernel]:
+        return operands
+    for fact in facts:
+        if fact is None:
+            continue
+        if isinstance(fact, Tensor):
+            row, column = fact.stride()
+            if column != 1 or row % 16 or fact.data_ptr() % 16:
+                return ragged
+        elif fact % 16:
+            return ragged
+    return operands
 
 
 def launch(kernel: Any, like: Tensor, grid: Any, *args: Any, config: Config | None = None,

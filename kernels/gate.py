@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spd_fast.kernels import regimes, scalar
-from spd_fast.kernels.configs import Config, launch, operand_class, pick
+from spd_fast.kernels.configs import Config, by_divisibility, launch, operand_class, pick
 from spd_fast.kernels.product import addmm, mm, precision, product_tile, tile_of
 
 
@@ -162,7 +162,10 @@ def _forward(
                 config=config if product else config.without_product(),
             )  # fmt: skip
 
-    run(pick("gate_forward", operand_class(x) if product else "any", x, (N, d_in, C), run))
+    operands = operand_class(x) if product else "any"
+    addresses = (t.data_ptr() for t in gate)
+    operands = by_divisibility("gate_forward", operands, C, d_in, x, V, *addresses)
+    run(pick("gate_forward", operands, x, (N, d_in, C), run))
     assert partial is not None
     sums = partial.sum(0) if penalty != "none" and N else partial.new_zeros(C)
     return lower, sums, None if counts is None else counts.sum(0)
@@ -294,7 +297,12 @@ def _backward_chunk(
             config=config,
         )  # fmt: skip
 
-    run(pick("gate_backward", backward_class(H), h, (N, count, H), run))
+    vectors = gate if grad_penalty is None else (*gate, grad_penalty)
+    operands = by_divisibility(
+        "gate_backward", backward_class(H), count, h, grad_inner, grad_lower,
+        *(t.data_ptr() for t in vectors),
+    )  # fmt: skip
+    run(pick("gate_backward", operands, h, (N, count, H), run))
     assert partial is not None
     return h_bar, partial.sum(0)
 

@@ -1,14 +1,15 @@
 """Every kernel with its signatures and shipped configurations: what the compile gate compiles.
 
-Scalars are typed as the launchers' calls come out on contiguous inputs whose sizes are multiples of
-16: unit strides and constants are compiled in, sizes are known to divide by 16.
+Scalars are typed as the launchers' calls come out. On contiguous inputs unit strides and constants
+are compiled in; that 16 divides a size or an address is known except where a case says otherwise,
+and such a case has the configuration that the launchers take there (configs.by_divisibility).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spd_fast.kernels import (
@@ -19,7 +20,7 @@ from spd_fast.kernels import (
     importances,
     random,
 )
-from spd_fast.kernels.configs import CONFIGS, Config
+from spd_fast.kernels.configs import CONFIGS, Config, by_divisibility
 
 # Operand class of a configuration set → (element type, precision of its products).
 _OPERANDS = {
@@ -37,6 +38,20 @@ _BYTE_POINTERS = {"routing"}
 _PLAIN_INTS = {"draw", "site", "row_offset", "column", "tiles"}
 _FLOATS = {"power", "eps", "threshold", "factor"}
 _SCALARS = {"N", "C", "first", "count", "d_in", "d_out", "size", "width"}
+# Rows of a matrix are as long as a size: its stride is a multiple of 16 where the size is.
+_COMPONENTS = {"C", "count", "size", "width", "v_row", "l_row", "s_row", "i_row", "in_row",
+               "gi_row", "gl_row", "ab_row", "hb_row", "g_row", "q_row", "p_row"}  # fmt: skip
+_FEATURES = {"d_in", "d_out", "x_row", "w_row", "y_row", "u_row"}
+# What a case does not know to be a multiple of 16. "views": nothing, also not that addresses are,
+# nor how far apart columns are. (first is a multiple of 128 wherever a launch begins.)
+_ODD: dict[str, set[str]] = {
+    "even": set(),
+    "odd rows": {"N"},
+    "odd components": _COMPONENTS,
+    "odd features": _FEATURES,
+    "odd": {"N"} | _COMPONENTS | _FEATURES,
+    "views": {"N"} | _COMPONENTS | _FEATURES,
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,18 @@ class Case:
     config: Config
     default: bool = True  # whether the configuration is what ships
     gate: str = "fp32"  # element type of the gate's parameters
+    sizes: str = "even"  # what is not known to be a multiple of 16
+    full: bool = False  # left to the gate in full
+
+    def assumption(self, name: str) -> int:
+        """What parameter ``name`` is a multiple of by assumption, 1 if nothing is assumed; 0 for
+        a constant one."""
+        views = self.sizes == "views"
+        if name.endswith("_col"):
+            return 1 if views else 0
+        if name.endswith("_row") or name in _SCALARS:
+            return 1 if name in _ODD[self.sizes] else 16
+        return 1 if views or name in _PLAIN_INTS | _FLOATS else 16
 
     def signature(self) -> tuple[dict[str, str], dict, dict]:
         """(types by name, constants by position, attributes by position) for ASTSource."""
@@ -58,12 +85,13 @@ class Case:
         values, attributes = {}, {}
         for position, parameter in enumerate(self.kernel.params):
             name = parameter.name
-            if parameter.is_constexpr or name.endswith("_col"):
+            assumed = 0 if parameter.is_constexpr else self.assumption(name)
+            if assumed == 0:
                 types[name] = "constexpr"
                 values[(position,)] = constants[name] if parameter.is_constexpr else 1
                 continue
             types[name] = self._type(name)
-            if name in _SCALARS or types[name].startswith("*") or name.endswith("_row"):
+            if assumed == 16:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         return types, values, attributes
 
@@ -74,32 +102,53 @@ class Case:
                             (_FLOATS, "fp32"), (_PLAIN_INTS | _SCALARS, "i32")):  # fmt: skip
             if name in names:
                 return kind
-        return "i32" if name.endswith("_row") else f"*{self.element}"
+        return "i32" if name.endswith(("_row", "_col")) else f"*{self.element}"
 
     def __str__(self) -> str:
         flags = ",".join(f"{k.lower()}={int(v) if not isinstance(v, str) else v}"
                          for k, v in self.constants.items())  # fmt: skip
-        return f"{self.element} {flags}" + (f",gate={self.gate}" if self.gate != "fp32" else "")
+        flags += f",gate={self.gate}" if self.gate != "fp32" else ""
+        return f"{self.element} {flags}" + (f",sizes={self.sizes}" if self.sizes != "even" else "")
 
 
 def _each(name: str, kernel: Any, operands: str, *constant_sets: dict[str, Any]) -> Iterator[Case]:
     """The default configuration in its main element type with every set of constants; each other
-    combination with the last set, which is the heaviest."""
-    main = _OPERANDS[operands][0], CONFIGS[name][operands][0]
-    for (element, precision), config in itertools.product(
-        _OPERANDS[operands], CONFIGS[name][operands]
-    ):
-        default = ((element, precision), config) == main
-        for constants in constant_sets if default else constant_sets[-1:]:
-            constants = dict(constants)
-            if "PRECISION" in kernel.arg_names:
-                constants["PRECISION"] = precision
-            blocks = dict(config.blocks)
-            if "BLOCK_K" in kernel.arg_names:
-                blocks.setdefault("BLOCK_K", 16)
-            yield Case(name, kernel, element, constants,
-                       Config(blocks, config.num_warps, config.num_stages),
-                       config is CONFIGS[name][operands][0])  # fmt: skip
+    combination with the last set, which is the heaviest. All of that again where sizes are odd, and
+    the default where only some are, or nothing is known: of these the heaviest of the default with
+    odd sizes, and with an odd number of rows, is not left to the full gate."""
+    ragged = by_divisibility(name, operands, 1)
+    for sizes, of_class in (("even", operands), ("odd", ragged)):
+        main = _OPERANDS[operands][0], CONFIGS[name][of_class][0]
+        for kind, config in itertools.product(_OPERANDS[operands], CONFIGS[name][of_class]):
+            default = (kind, config) == main
+            for constants in constant_sets if default else constant_sets[-1:]:
+                heaviest = default and constants is constant_sets[-1]
+                yield _case(name, kernel, kind, constants, config, config is main[1], sizes,
+                            full=sizes == "odd" and not heaviest)  # fmt: skip
+    for kind in _OPERANDS[operands]:
+        usual = kind == _OPERANDS[operands][0]
+        others = ["views"]
+        if usual and "PRECISION" in kernel.arg_names:
+            others += ["odd components", "odd features"]
+        for sizes in others:
+            config = CONFIGS[name][ragged][0]
+            yield _case(name, kernel, kind, constant_sets[-1], config, True, sizes, full=True)
+        for config in CONFIGS[name][operands] if ragged != operands else ():
+            shipped = config is CONFIGS[name][operands][0]
+            yield _case(name, kernel, kind, constant_sets[-1], config, shipped, "odd rows",
+                        full=not (usual and shipped))  # fmt: skip
+
+
+def _case(
+    name: str, kernel: Any, kind: tuple[str, str], constants: dict[str, Any], config: Config,
+    default: bool, sizes: str, *, full: bool,
+) -> Case:  # fmt: skip
+    element, precision = kind
+    if "PRECISION" in kernel.arg_names:
+        constants = {**constants, "PRECISION": precision}
+    if "BLOCK_K" in kernel.arg_names and "BLOCK_K" not in config.blocks:
+        config = config.without_product()
+    return Case(name, kernel, element, constants, config, default, sizes=sizes, full=full)
 
 
 _GATE = {"HIDDEN": 16, "SIGMOID": 1, "PENALTY": 1, "POWER": 2}
@@ -114,14 +163,18 @@ _ADVERSARY = {**_MODEL, "WRITE_R": True, "WRITE_D": True}
 
 def _of_bf16_gates() -> Iterator[Case]:
     """The shipped defaults for a whole model in bf16, its gates' parameters too."""
-    for operands, product in (("mma", True), ("any", False)):
-        config = CONFIGS["gate_forward"][operands][0]
-        yield Case("gate_forward", gate.gate_forward_kernel, "bf16",
-                   {**_GENERAL, "COUNT": True, "PRODUCT": product, "PRECISION": "ieee"},
-                   config if product else config.without_product(), gate="bf16")  # fmt: skip
-    config = CONFIGS["gate_backward"]["any"][0]
-    constants = {**_GENERAL, "GRAD_INNER": True, "GRAD_LOWER": True, "PADDED": _GENERAL["HIDDEN"]}
-    yield Case("gate_backward", gate.gate_backward_kernel, "bf16", constants, config, gate="bf16")
+    forward = {**_GENERAL, "COUNT": True}
+    backward = {**_GENERAL, "GRAD_INNER": True, "GRAD_LOWER": True, "PADDED": _GENERAL["HIDDEN"]}
+    for name, kernel, operands, constants in (
+        ("gate_forward", gate.gate_forward_kernel, "mma", {**forward, "PRODUCT": True}),
+        ("gate_forward", gate.gate_forward_kernel, "any", {**forward, "PRODUCT": False}),
+        ("gate_backward", gate.gate_backward_kernel, "any", backward),
+    ):
+        ragged = by_divisibility(name, operands, 1)
+        for sizes, of_class in (("even", operands), ("odd", ragged)):
+            case = _case(name, kernel, ("bf16", "ieee"), constants, CONFIGS[name][of_class][0],
+                         True, sizes, full=sizes == "odd")  # fmt: skip
+            yield replace(case, gate="bf16")
 
 
 def cases() -> Iterator[Case]:
@@ -170,5 +223,8 @@ def cases() -> Iterator[Case]:
     yield from _each("kl", divergence.kl_kernel, "any", {})
     yield from _each("kl", divergence.kl_backward_kernel, "any", {})
     tile, column = Config({"BLOCK_N": 32, "BLOCK_C": 64}), Config({"BLOCK_N": 256})
-    yield Case("uniform", random.uniform_kernel, "fp32", {}, tile)
-    yield Case("uniform_column", random.uniform_column_kernel, "fp32", {}, column)
+    for sizes in ("even", "odd", "views"):
+        full = sizes != "even"
+        yield Case("uniform", random.uniform_kernel, "fp32", {}, tile, sizes=sizes, full=full)
+        yield Case("uniform_column", random.uniform_column_kernel, "fp32", {}, column, sizes=sizes,
+                   full=full)  # fmt: skip

@@ -25,7 +25,9 @@ def test_output_and_gradients_are_the_oracles(kind, regime):
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (37, 19, 70, 67), (3, 2, 131, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (37, 19, 70, 67), (3, 2, 131, 5), (35, 16, 48, 32)]
+)
 @pytest.mark.parametrize("kind", [cases.FULL, cases.GIVEN], ids=["full", "given"])
 def test_tile_edges_and_chunks_are_the_oracles(kind, shape, regime):
     assert_matches_oracle(
@@ -98,10 +100,11 @@ def test_incoming_gradients_and_inputs_are_not_written(regime):
 
 
 @pytest.mark.parametrize("kind", [cases.FULL, cases.GIVEN], ids=["full", "given"])
-def test_errors_in_bf16_are_at_most_twice_the_eager_ones(kind, regime):
+@pytest.mark.parametrize("sizes", [(19, 70, 35), (32, 48, 16)], ids=["ragged", "even"])
+def test_errors_in_bf16_are_at_most_twice_the_eager_ones(sizes, kind, regime):
     assert_right_in_bf16(
         cases.runner(kind, "triton"), cases.runner(kind, "reference"),
-        cases.make_inputs(kind, 37, 19, 70, 35), cases.incoming(37, 35),
+        cases.make_inputs(kind, 37, *sizes), cases.incoming(37, sizes[-1]),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.checks import error, normal
+from tests.kernels import every_kernel
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.usefixtures("triton_ops"), pytest.mark.without_kernels]
@@ -130,6 +131,146 @@ def test_tf32_only_where_torch_is_asked_for_it(setting, operands, monkeypatch):
         torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=setting == "tf32")
     )
     assert configs.operand_class(fp32) == operands
+
+
+def test_a_launch_is_ragged_where_anything_it_knows_does_not_divide_by_16():
+    from spd_fast.kernels.configs import CONFIGS, by_divisibility
+
+    def of(*facts):
+        return by_divisibility("gate_forward", "mma", *facts)
+
+    matrix = torch.zeros(5, 64)
+    assert of(4096, 0, matrix, None, matrix.data_ptr(), matrix[:, 16:40]) == "mma"
+    assert of(4096, 769) == of(1) == "mma ragged"
+    for view in (matrix.t(), matrix[:, ::2], matrix[:, 1:], torch.zeros(5, 60),
+                 matrix[:, :1].expand(5, 64)):  # fmt: skip
+        assert of(4096, view) == "mma ragged"
+    assert of(4096, matrix[0, 1:].data_ptr()) == "mma ragged"
+    assert by_divisibility("gate_forward", "any", 4097) == "any"
+    for options in CONFIGS.values():
+        assert {name.removesuffix(" ragged") for name in options} <= options.keys()
+
+
+def unused(constants):
+    """Parameters of the product and masking kernels that a launch's constants compile out."""
+    of_h = {"x", "x_row", "x_col", "V", "v_row", "v_col", "d_in"}
+    of_a = {"grad", "y_row", "y_col", "U", "u_row", "u_col", "d_out"}
+    product_h = constants.get("PRODUCT", constants.get("PRODUCT_H"))
+    names = {"inner", "i_row", "i_col"} if product_h else of_h
+    if "PRODUCT_A" in constants:
+        names |= {"a_bar", "ab_row"} if constants["PRODUCT_A"] else of_a
+    if not constants.get("LOWER"):
+        names |= {"lower", "l_row", "l_col"}
+    if constants.get("SOURCE") != 1:
+        names |= {"source", "s_row", "s_col"}
+    return names
+
+
+def wrong(case, arguments):
+    """What ``case`` assumes of these arguments and is not so; Triton would not find it either."""
+    for name, value in arguments.items():
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        assumed = case.assumption(name)
+        if number != 1 if assumed == 0 else number % assumed:
+            yield name, number
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch so far: the kernel, its configuration, element type and arguments in use."""
+    from spd_fast.kernels import (
+        component_linear,
+        divergence,
+        embedding_inner,
+        gate,
+        importances,
+        random,
+    )
+
+    seen = []
+    for module in (component_linear, divergence, embedding_inner, gate, importances, random):
+
+        def launch(kernel, like, grid, *args, config=None, original=module.launch, **constants):
+            arguments = dict(zip(kernel.arg_names, args, strict=False))
+            for name in unused(constants):
+                arguments.pop(name, None)
+            tiles = constants if config is None else config.blocks
+            blocks = {k: v for k, v in tiles.items() if k.startswith("BLOCK")}
+            warps = (4, 1) if config is None else (config.num_warps, config.num_stages)
+            element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[like.dtype]
+            seen.append((kernel, (blocks, *warps), element, arguments))
+            original(kernel, like, grid, *args, config=config, **constants)
+
+        monkeypatch.setattr(module, "launch", launch)
+    return seen
+
+
+def assert_compiled(launches):
+    """The gate has a case of each launch that assumes nothing which is not so."""
+    from spd_fast.kernels.registry import cases
+
+    default = [c for c in cases() if c.default]
+    assert launches
+    for kernel, configuration, element, arguments in launches:
+        of_tile = [
+            case for case in default
+            if case.kernel is kernel and case.element == element
+            and (case.config.blocks, case.config.num_warps, case.config.num_stages) == configuration
+        ]  # fmt: skip
+        found = [list(wrong(case, arguments)) for case in of_tile]
+        assert [] in found, (getattr(kernel, "fn", kernel).__name__, configuration, element, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "sizes"),
+    [
+        ("large", torch.bfloat16, (5, 16, 48, 32, 16)),
+        ("large", torch.bfloat16, (3, 16, 35, 32, 7)),
+        ("large", torch.bfloat16, (3, 5, 48, 32, 7)),
+        ("large", torch.bfloat16, (3, 16, 48, 6, 7)),
+        ("library", torch.bfloat16, (5, 16, 35, 32, 7)),
+        ("library", torch.float32, (5, 16, 48, 32, 16)),
+        ("default", torch.bfloat16, (5, 16, 35, 6, 7)),
+        ("default", torch.float32, (3, 5, 35, 6, 7)),
+    ],
+    ids=str,
+)
+def test_every_launch_is_of_a_case_that_the_gate_compiles(
+    name, dtype, sizes, launches, monkeypatch
+):
+    from spd_fast.kernels import regimes
+
+    for setting, value in every_kernel.REGIMES[name].items():
+        monkeypatch.setattr(regimes, setting, value)
+    assert every_kernel.run("cpu", dtype, sizes).isfinite()
+    assert_compiled(launches)
+
+
+# Matrices of even sizes of which something else does not divide by 16.
+VIEWS = {
+    "columns apart": lambda rows, cols: normal(1, cols, rows).bfloat16().t(),
+    "every other column": lambda rows, cols: normal(2, rows, 2 * cols).bfloat16()[:, ::2],
+    "odd address": lambda rows, cols: normal(3, rows, cols + 16).bfloat16()[:, 1 : cols + 1],
+}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_launches_on_views_are_of_cases_that_the_gate_compiles(view, small, launches, monkeypatch):
+    from spd_fast.kernels import regimes
+    from spd_fast.ops import MaskRecipe, component_linear, gate
+
+    monkeypatch.setattr(regimes, "small", lambda *_: small)
+    N, C, d = 16, 32, 48
+    shapes = (N, d), (d, C), (C, d), (N, C), (N, C), (N, C), (N, d)
+    x, V, U, lower, source, grad_lower, grad = (VIEWS[view](*shape) for shape in shapes)
+    for t in (x, V, U):
+        t.requires_grad_()
+    w, b, o, c = (normal(4, *shape).bfloat16() for shape in ((C, 1, 2), (C, 2), (C, 2, 1), (C, 1)))
+    g = gate(x, V, [w, o], [b, c], sigmoid="paper").lower
+    y = component_linear(x, V, U, MaskRecipe(lower, source))
+    torch.autograd.grad([g, y], [x, V, U], [grad_lower, grad])
+    assert_compiled(launches)
 
 
 @pytest.fixture
