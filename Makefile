@@ -84,7 +84,8 @@ profile: setup
 	$(BIN)/python -m bench.profile_step $(EXPERIMENT) --backend $(BACKEND) --trace build/$(EXPERIMENT).json
 
 # Every Triton kernel compiled for every target without a GPU: registers, shared memory, spills.
-# OUT="bench/results/kernels_triton-{triton}.csv" writes the table; ONLY="--targets sm_90" cuts it short.
+# OUT="bench/results/kernels_triton-{triton}.csv" writes the table; ONLY="--targets sm_90" cuts it short,
+# ONLY=--full adds what docs/kernels.md says of odd sizes.
 COMPILE := -m spd_fast.kernels.compile $(ONLY) $(if $(OUT),--out "$(OUT)")
 kernels: setup
 	$(BIN)/python $(COMPILE)
