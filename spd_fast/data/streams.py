@@ -32,8 +32,8 @@ class StreamBatches:
         sampler = getattr(batches, "sampler", None)
         if isinstance(sampler, RandomSampler) and sampler.generator is None:
             warnings.warn(
-                "a DataLoader that shuffles without a generator has another order every time: "
-                "a resumed run will not continue exactly: give it "
+                "a DataLoader that shuffles without a generator has another order every time, "
+                "so that no resumed run continues exactly: give it "
                 "generator=torch.Generator().manual_seed(N)",
                 stacklevel=2,
             )

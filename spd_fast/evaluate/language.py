@@ -12,12 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spd_fast.errors import UserError
 from spd_fast.evaluate.reconstruction import ROUND_AT
 from spd_fast.losses import PGD, Step, find_sources
 from spd_fast.model import CIMask, DecomposedModel, Given, Importances, Masking, Ones, Stochastic
 from spd_fast.ops import kl_divergence, make_key
 
-__all__ = ["THRESHOLDS", "Sparsity", "evaluate_language", "next_token_loss", "site_group"]
+__all__ = [
+    "THRESHOLDS",
+    "Sparsity",
+    "check_logits",
+    "evaluate_language",
+    "next_token_loss",
+    "site_group",
+]
 
 # Lower importances above which a component counts.
 THRESHOLDS = (0.01, 0.1, 0.5)
@@ -31,6 +39,18 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(
         logits[:, :-1].float().reshape(-1, vocabulary), tokens[:, 1:].reshape(-1).long()
     )
+
+
+def check_logits(output: Tensor, tokens: Tensor, vocabulary: int | None = None) -> None:
+    """Raise UserError unless ``output`` can be logits [B, T, V] of ``tokens`` [B, T], V at least
+    ``vocabulary`` (by default, beyond every token)."""
+    need = int(tokens.max()) + 1 if vocabulary is None else vocabulary
+    if output.shape[:-1] != tokens.shape or output.shape[-1] < need:
+        raise UserError(
+            f"the next-token loss needs logits {[*tokens.shape, need]}, but the target's output is "
+            f"{list(output.shape)}: choose logits with `output` (target.output), or train a model "
+            "without them by spd_fast.Trainer"
+        )
 
 
 def site_group(name: str) -> str:
@@ -114,6 +134,9 @@ def evaluate_language(
     Returns:
         ``ce`` and ``kl`` by masking (``ce`` of the ``target`` too), ``sites``, ``groups``
         (:func:`site_group`), ``l0`` (mean over positions of the sum over sites), ``positions``.
+
+    Raises:
+        UserError: the target's output cannot be logits of the tokens.
     """
     ce: dict[str, float] = defaultdict(float)
     kl: dict[str, float] = defaultdict(float)
@@ -123,6 +146,7 @@ def evaluate_language(
     for index, batch in enumerate(batches):
         tokens = tokens_of(batch)
         clean = model.clean_forward(batch)
+        check_logits(clean.output, tokens)
         importances = model.causal_importances(clean)
         key = make_key(seed, _STEP, clean.output.device)
         step = Step(model, batch, clean, importances, key, "kl")

@@ -17,7 +17,7 @@ from spd_fast._files import alone_in, write_bytes
 from spd_fast.data import ArrayBatches, PackedTokens, StreamBatches, dataset_rows, load_tokens
 from spd_fast.data.arrays import check_range
 from spd_fast.errors import Diverged, UserError
-from spd_fast.evaluate.language import evaluate_language
+from spd_fast.evaluate.language import check_logits, evaluate_language
 from spd_fast.experiments.records import read_language_evaluation, read_metrics
 from spd_fast.experiments.runs import (
     check_device,
@@ -157,6 +157,7 @@ def _try_forwards(trainer: Trainer) -> None:
         step = trainer.forwards(0)
         if (where := trainer.unsound(step)) is not None:
             raise UserError(where)
+        check_logits(step.clean.output, step.batch, _vocabulary(trainer.model.target))
         stochastic_recon(step)
 
 

@@ -34,7 +34,7 @@ def test_a_loader_is_an_iterable():
 
 
 def test_a_loader_that_cannot_be_resumed_says_so():
-    with pytest.warns(UserWarning, match="will not continue exactly"):
+    with pytest.warns(UserWarning, match="no resumed run continues exactly"):
         StreamBatches(DataLoader(torch.arange(6), batch_size=2, shuffle=True))
 
 

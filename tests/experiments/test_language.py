@@ -155,6 +155,21 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, tmp_path, changes,
     assert not (tmp_path / "r").exists()
 
 
+def test_a_target_without_logits_is_found_before_anything_is_written(folder, tmp_path):
+    target = transformers.LlamaForCausalLM.from_pretrained(folder).model
+    target.save_pretrained(tmp_path / "target")
+    config = configured(
+        tmp_path / "target",
+        target={"kind": "hf", "path": str(tmp_path / "target"), "output": "last_hidden_state"},
+        data={"kind": "tokens", "path": str(folder / "train.npy")},
+        sites={"layers.*.mlp.up_proj": 10},
+    )
+    message = r"needs logits \[4, 12, 40\], but the target's output is \[4, 12, 16\]"
+    with pytest.raises(UserError, match=message):
+        run_language(config, tmp_path / "r", quiet=True)
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_target_that_is_not_finite_is_found_before_anything_is_written(folder, tmp_path):
     target = transformers.LlamaForCausalLM.from_pretrained(folder)
     target.model.norm.weight.data[3] = float("nan")
