@@ -52,6 +52,20 @@ class Expected:
             return identity_error(importances, self.components, tolerance)
         return dense_error(importances, self.components, tolerance)
 
+    def margins(self, importances: Matrix) -> tuple[float, float]:
+        """How clear the pattern is: the lowest importance that the check wants on (of a dense
+        component its largest) and the highest that it wants off. What is missing counts as 0."""
+        n, ordered = self.components, importances[:, self.permute(importances)]
+        if self.pattern == "identity":
+            wanted = np.eye(*ordered.shape) == 1
+            on, off = ordered[wanted], ordered[~wanted]
+            missing = n > min(ordered.shape)
+        else:
+            on, off = ordered[:, :n].max(axis=0, initial=0), ordered[:, n:]
+            missing = n > ordered.shape[1]
+        lowest = 0.0 if missing else float(on.min(initial=1))
+        return lowest, float(off.max(initial=0))
+
     def permute(self, importances: Matrix) -> NDArray[np.intp]:
         """Order of the columns that shows the pattern."""
         if self.pattern == "identity":

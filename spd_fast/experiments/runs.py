@@ -425,6 +425,9 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
             "ci_error_0p2": None
             if known is None or isinstance(model, APDModel)
             else known.error(measured.probes[name], WIDER),
+            "ci_margins": None
+            if known is None or isinstance(model, APDModel)
+            else list(known.margins(measured.probes[name])),
             "l0": measured.l0[name],
             "faithfulness": (unfaithful[name] / site.weight.numel()).item(),
             "relative_error": (unfaithful[name].sqrt() / site.weight.norm()).item(),

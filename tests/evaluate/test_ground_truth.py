@@ -146,6 +146,29 @@ def test_the_tolerance_moves_both_thresholds():
         assert pattern.error(matrix, WIDER) < pattern.error(matrix)
 
 
+def test_margins_are_the_lowest_on_and_the_highest_off():
+    identity = np.array([[0.0, 0.95, 0.02], [0.91, 0.05, 0.0]])
+    assert Expected("identity", 2).margins(identity) == (0.91, 0.05)
+    # A dense component counts by its largest value, whatever the others.
+    dense = np.array([[0.1, 0.8, 0.3], [0.04, 0.2, 0.7], [0.0, 0.3, 0.2]])
+    assert Expected("dense", 2).margins(dense) == (0.7, 0.1)
+    assert Expected("dense", 3).margins(dense) == (0.1, 0.0)
+    for pattern in ("identity", "dense"):
+        assert Expected(pattern, 4).margins(dense)[0] == 0
+
+
+@pytest.mark.parametrize("pattern", ["identity", "dense"])
+@pytest.mark.parametrize("seed", range(20))
+def test_margins_within_the_thresholds_are_no_error(pattern, seed):
+    """And the other way round, at whatever tolerance."""
+    importances = np.random.default_rng(seed).random((4, 6)).round(3)
+    known = Expected(pattern, 4)
+    lowest, highest = known.margins(importances)
+    for tolerance in (0.05, 0.2, max(highest, 1 - lowest), max(highest, 1 - lowest) - 1e-6):
+        clear = lowest >= 1 - tolerance and highest <= tolerance
+        assert (known.error(importances, tolerance) == 0) == clear
+
+
 def test_live_components_exceed_a_tenth_somewhere():
     matrix = np.array([[0.1, 0.11, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [-0.5, 0.0, 0.0, 0.0]])
     assert live_components(matrix) == 2
