@@ -187,6 +187,7 @@ def predicted_step() -> list[Prediction]:
         # Its tensors are small: on a CPU, with the kernels left out, they cost nothing either.
         trainer = step_trainer(TOY, "triton")
         batch = trainer.batches(0)
+        trainer.model.clean_forward(batch)  # the first one also looks at the target's modules
         with _recorded_step(run=False) as calls:
             trainer.update(batch)
     return _summed(STEP, calls)
