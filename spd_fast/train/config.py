@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
@@ -140,6 +140,19 @@ class LoopConfig(Strict):
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2
     log_to: Annotated[tuple[LoggerName, ...], Field(exclude=True)] = ()
+
+    if not TYPE_CHECKING:  # which reads the arguments' names and types off the fields
+
+        def __init__(self, **data):
+            """From keyword arguments.
+
+            Raises:
+                UserError: one line naming the key, what was given, and what is needed.
+            """
+            try:
+                super().__init__(**data)
+            except ValidationError as error:
+                raise UserError(_one_line(error, type(self))) from None
 
 
 class TrainConfig(LoopConfig):
@@ -326,6 +339,8 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxlong = 2, 3, 80, 80
 def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     # A mistyped key or no preset is often why others are missing: it comes first.
     first = min(error.errors(), key=lambda e: e["type"] == "missing" and e["loc"] != ("preset",))
+    if isinstance(told := first.get("ctx", {}).get("error"), UserError):
+        return str(told)  # the model's own __init__ has put it into words
     path = tuple(first["loc"])
     name = ".".join(str(p) for p in path if p not in _TAGS) or "configuration"
     if first["type"] == "extra_forbidden":
@@ -354,6 +369,8 @@ def validate(data: Any, kind: type[ModelT]) -> ModelT:
     """
     if not isinstance(data, Mapping):
         raise UserError(f"a configuration is a mapping of keys, got {type(data).__name__}")
+    if odd := [key for key in data if not isinstance(key, str)]:
+        raise UserError(f"a configuration's keys are text, got {_SHORT.repr(odd[0])}")
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
