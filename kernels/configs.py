@@ -57,7 +57,7 @@ def _tile(n: int, c: int, k: int | None = None, *, warps: int = 4, stages: int =
 CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
     "gate_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
-        "mma ragged": (_tile(64, 32, 32, stages=3),),
+        "mma ragged": (_tile(64, 32, 32, warps=8, stages=3),),
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(64, 32), _tile(32, 64)),
     },
@@ -70,6 +70,7 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
         "wider": (_tile(64, 16, warps=8),),
         "wider ragged": (_tile(64, 8, warps=8),),
         "widest": (_tile(64, 8, warps=8),),
+        "widest ragged": (_tile(32, 8, warps=8),),
     },
     "mask_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
@@ -87,10 +88,10 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
     "small_forward": {
         "mma": (_tile(64, 32, 32, stages=2),),
         "mma ragged": (_tile(64, 32, 32, warps=8, stages=2),),
-        "ieee": (_tile(32, 16, 16), _tile(16, 32, 16)),
+        "ieee": (_tile(32, 16, 16), _tile(16, 32, 16, warps=8)),
         "ieee ragged": (_tile(32, 16, 16, warps=8),),
     },
-    "importances": {"any": (_tile(64, 64), _tile(32, 128))},
+    "importances": {"any": (_tile(64, 64), _tile(32, 128, warps=8))},
     "embedding_backward": {"any": (_tile(8, 128), _tile(16, 128))},
     "squared_error": {"any": (Config({"BLOCK": 1024}), Config({"BLOCK": 2048}, 8))},
     "kl": {"any": (Config({"BLOCK": 2048}, 8), Config({"BLOCK": 4096}, 16))},
