@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from spd_fast.errors import UserError, nearest
 
-__all__ = ["IDENTITY", "Site", "SiteKind", "SiteModel", "resolve_sites", "submodules"]
+__all__ = [
+    "IDENTITY", "Site", "SiteKind", "SiteModel", "matrix_of", "resolve_sites", "submodules",
+]  # fmt: skip
 
 SiteKind = Literal["linear", "conv1d", "embedding", "identity"]
 # ``<module>.pre_identity`` names the site inserted at a module's input, as in the authors' code.
@@ -68,7 +70,7 @@ def submodules(target: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _matrix(module: nn.Module) -> tuple[SiteKind, Tensor] | None:
+def matrix_of(module: nn.Module) -> tuple[SiteKind, Tensor] | None:
     """The kind of a module that can be decomposed and its W [d_out, d_in], or None."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
@@ -84,7 +86,7 @@ def _matrix(module: nn.Module) -> tuple[SiteKind, Tensor] | None:
 
 def _input_width(module: nn.Module) -> int | None:
     """Width of a module's input vectors where its type tells it, else None."""
-    matrix = _matrix(module)
+    matrix = matrix_of(module)
     if matrix is not None:
         return None if matrix[0] == "embedding" else matrix[1].shape[1]
     weight = getattr(module, "weight", None)
@@ -135,7 +137,7 @@ class SiteModel(nn.Module):
 
 
 def _describe(name: str, module: nn.Module) -> str:
-    matrix = _matrix(module)
+    matrix = matrix_of(module)
     shape = "" if matrix is None else f" {matrix[1].shape[1]} → {matrix[1].shape[0]}"
     return f"{name!r} ({type(module).__name__}{shape})"
 
@@ -177,9 +179,9 @@ def _no_match(
 
 def _chosen(modules: dict[str, nn.Module], patterns: Mapping[str, int]) -> dict[str, int]:
     """Site name → C."""
-    decomposable = {n: m for n, m in modules.items() if n and _matrix(m) is not None}
+    decomposable = {n: m for n, m in modules.items() if n and matrix_of(m) is not None}
     with_width = {n: m for n, m in modules.items() if n and _input_width(m) is not None}
-    if not decomposable and _matrix(modules[""]) is not None:
+    if not decomposable and matrix_of(modules[""]) is not None:
         raise UserError(
             f"the target is a {type(modules['']).__name__} itself, whose site would have no name: "
             "put it into an nn.Sequential"
@@ -254,7 +256,7 @@ def resolve_sites(target: nn.Module, patterns: Mapping[str, int]) -> dict[str, S
             sites[name] = Site(name, len(sites), chosen[name], eye, None, None, "identity", path)
         if path not in chosen:
             continue
-        matrix = _matrix(module)
+        matrix = matrix_of(module)
         assert matrix is not None
         kind, weight = matrix[0], matrix[1].detach()
         _check(path, module, kind, weight)

@@ -143,7 +143,7 @@ class LoopConfig(Strict):
 
     if not TYPE_CHECKING:  # which reads the arguments' names and types off the fields
 
-        def __init__(self, **data):
+        def __init__(self, /, **data):
             """From keyword arguments.
 
             Raises:

@@ -54,7 +54,7 @@ from spd_fast import backends
 from spd_fast.model import DecomposedModel
 from spd_fast.model.ci_fns import GLOBAL_CI_FNS, KEPT, MLPGate
 from spd_fast.model.decomposed import NEURONS
-from spd_fast.model.sites import resolve_sites
+from spd_fast.model.sites import matrix_of, submodules
 from spd_fast.train.config import TrainConfig
 
 __all__ = ["Plan", "make_plan"]
@@ -138,9 +138,10 @@ def _forwards(config: TrainConfig, sites: int, positions: int) -> tuple[float, f
 
 
 def _matrices(target: nn.Module) -> list[tuple[int, int]]:
-    """(d_in, d_out) of every matrix of the target that could be a site; a table has d_in 0."""
-    found = resolve_sites(target, {"*": 1}).values()
-    return [(0 if s.kind == "embedding" else s.d_in, s.d_out) for s in found]
+    """(d_in, d_out) of every matrix of the target, also of one that no site can be; a table has
+    d_in 0."""
+    found = [m for m in map(matrix_of, submodules(target).values()) if m is not None]
+    return [(0 if kind == "embedding" else W.shape[1], W.shape[0]) for kind, W in found]
 
 
 def _activations(target: nn.Module, inputs: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from spd_fast.errors import UserError
 from spd_fast.ops import make_key
 from spd_fast.ops._fused import before_recording
 
@@ -81,7 +82,8 @@ class StepGraph(Generic[T]):
             static = self._batch
             try:
                 self._recorded = self.record(lambda: self.update(static))
-            except RuntimeError as error:
+            # A target that cannot be recorded looks like one that cannot take the batch.
+            except (RuntimeError, UserError) as error:
                 self.usable = False
                 reason = str(error).strip().splitlines()[0]
                 warnings.warn(f"the training step runs without a CUDA graph: {reason}")

@@ -136,7 +136,7 @@ def with_processes(monkeypatch):
 
     class Process(subprocess.Popen):
         def __init__(self, command, **options):
-            begun.append(command)
+            begun.append(self)
             super().__init__(command, **options)
 
     monkeypatch.setattr(module, "SIDE_BY_SIDE_FROM", 1)
@@ -151,7 +151,7 @@ def test_starts_side_by_side_are_the_same(tmp_path, monkeypatch, whole, two_thre
         Trainer, "train_step", lambda self, index: (steps.append(index), step(self, index))[1]
     )
     run(small(*THREE), tmp_path / "run", quiet=True)
-    assert len(begun) == 2
+    assert [process.returncode for process in begun] == [0, 0]
     assert steps == [*range(8), *range(8, 20)]  # the first start and what follows, no other start
     assert trained(tmp_path / "run") == trained(whole)
     assert torch.get_num_threads() == 2

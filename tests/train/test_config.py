@@ -39,6 +39,7 @@ def parse(*assignments: str) -> Config:
         ({"losses": {"faithfulnes": 1}}, "unknown key 'losses.faithfulnes'; nearest valid key: "
          "'faithfulness'"),
         ({"steps": 0}, "steps: input should be greater than or equal to 1, got 0"),
+        ({"self": 1}, "unknown key 'self'; nearest valid key: 'seed'"),
     ],
 )  # fmt: skip
 def test_mistakes_in_keyword_arguments_are_one_line_too(change, message):

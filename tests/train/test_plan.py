@@ -57,6 +57,13 @@ def test_an_adversary_keeps_sources():
     assert planned(losses=attack).memory["adversarial sources"] > 0
 
 
+def test_what_cannot_be_decomposed_does_not_stand_in_the_way():
+    made = trainer()
+    target = nn.Sequential(nn.Embedding(7, 8, max_norm=1.0), nn.Linear(8, 8)).eval()
+    plan = make_plan(DecomposedModel(target, {"1": 4}), made.config, 9, measure=lambda _: 1e9)
+    assert list(plan.sites) == ["1"]
+
+
 # Of a transformer: 4 rows of 128 positions, width 64, inner width 256, three layers.
 TOKENS = torch.zeros(4, 128, dtype=torch.long)
 MINIMALITY = {"coeff": 1e-3, "p": 1.0}

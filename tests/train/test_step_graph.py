@@ -121,6 +121,22 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is():
     assert_same(state(ours), state(plain))
 
 
+def test_a_target_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch):
+    def recording(function):
+        def refuse(*_):
+            raise RuntimeError("cannot copy to the device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(ours.model.caller), "__call__", refuse)
+            return function()
+
+    plain, ours = trainer(**CONSTANT), captured(recording)
+    plain.fit()
+    with pytest.warns(UserWarning, match="without a CUDA graph: .*cannot copy to the device"):
+        ours.fit()
+    assert_same(state(ours), state(plain))
+
+
 def test_what_kernels_find_by_trying_is_tried_before_a_recording(monkeypatch):
     order = []
 
