@@ -173,8 +173,7 @@ def _side_by_side(
         torch.set_num_threads(share)
         for start, folder in enumerate(_folders(config, out)):
             if start and not _loss_file(folder).exists():
-                module = "spd_fast.experiments.start_process"
-                command = [sys.executable, "-m", module, str(out), str(start), str(share)]
+                command = [sys.executable, "-c", _begin(), str(out), str(start), str(share)]
                 others[start] = subprocess.Popen(
                     command + ([] if backend is None else [backend]),
                     stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -185,6 +184,16 @@ def _side_by_side(
         for process in others.values():
             process.kill()
             process.communicate()
+
+
+def _begin() -> str:
+    """The program of such a process. It finds its modules where this process does: ``python -m``
+    would look into the current folder first, which can hold others of the same name."""
+    module = "spd_fast.experiments.start_process"
+    return (
+        f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
 
 
 def _wait(

@@ -69,7 +69,7 @@ def select_output(output: Any, selector: OutputSelector | None) -> Tensor:
     kind, found = type(output).__name__, output
     named = repr(selector)
     if callable(selector):
-        named = f"function {getattr(selector, '__name__', kind)!r}"
+        named = f"function {getattr(selector, '__name__', type(selector).__name__)!r}"
         try:
             found = selector(output)
         except (AttributeError, LookupError, TypeError) as error:

@@ -145,6 +145,8 @@ def with_processes(monkeypatch):
 
 
 def test_starts_side_by_side_are_the_same(tmp_path, monkeypatch, whole, two_threads):
+    (tmp_path / "spd_fast.py").write_text("raise ImportError('another one')")
+    monkeypatch.chdir(tmp_path)
     begun = with_processes(monkeypatch)
     steps, step = [], Trainer.train_step
     monkeypatch.setattr(

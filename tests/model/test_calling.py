@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,7 @@ def test_a_selector_finds_its_tensor(output, selector):
             r"output 'loss' of the target's dict is a NoneType, need a tensor",
         ),
         ((X,), lambda out: out, r"output function '<lambda>' of .* is a tuple, need a tensor"),
+        ((X,), partial(list), r"output function 'partial' of the target's tuple is a list"),
         (
             {"logits": X},
             lambda out: out["logit"],
