@@ -51,6 +51,7 @@ import torch
 from torch import nn
 
 from spd_fast import backends
+from spd_fast.losses import PersistentPGD
 from spd_fast.model import DecomposedModel
 from spd_fast.model.ci_fns import GLOBAL_CI_FNS, KEPT, MLPGate
 from spd_fast.model.decomposed import NEURONS
@@ -135,6 +136,23 @@ def _forwards(config: TrainConfig, sites: int, positions: int) -> tuple[float, f
             if name.startswith("persistent") and own < positions:
                 adversarial += positions
     return whole, single, adversarial
+
+
+def _ascents(config: TrainConfig, sites: int) -> tuple[int, int]:
+    """(masked forwards of all sites, masked forwards of one site) by which adversaries find their
+    sources in a step."""
+    whole = single = 0
+    options = config.losses.options()
+    for name in config.losses.coefficients():
+        if "pgd" not in name:
+            continue
+        attack = options[name]
+        ascents = attack.n_warmup if isinstance(attack, PersistentPGD) else attack.steps
+        if name.endswith("layerwise"):
+            single += ascents * sites
+        else:
+            whole += ascents
+    return whole, single
 
 
 def _matrices(target: nn.Module) -> list[tuple[int, int]]:
@@ -262,6 +280,10 @@ def make_plan(
     # A site masked once: 6 N C (d_in + d_out); alone, half of the target runs before and behind it.
     share = whole + (single / len(sites))
     flops = 6.0 * positions * product * share + 4.0 * positions * own * (whole + single / 2)
+    # An adversary's ascents need no gradients of V and U.
+    whole, single = _ascents(config, len(sites))
+    flops += 4.0 * positions * product * (whole + single / len(sites))
+    flops += 4.0 * positions * own * (whole + single / 2)
     neurons = float(positions * components * hidden) if gates else 0.0
     rate = (measure or _products_rate)(device)
     seconds = None

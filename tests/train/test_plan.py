@@ -64,6 +64,21 @@ def test_what_cannot_be_decomposed_does_not_stand_in_the_way():
     assert list(plan.sites) == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("loss", "key", "options"),
+    [
+        ("pgd_recon", "pgd_steps", {"coeff": 1.0, "step_size": 0.1}),
+        ("pgd_recon_layerwise", "pgd_steps", {"coeff": 1.0, "step_size": 0.1}),
+        ("persistent_pgd_recon", "n_warmup", {"coeff": 1.0, "lr": 0.1}),
+    ],
+)
+def test_the_ascents_of_an_adversary_are_counted(loss, key, options):
+    none, two, four = (planned(losses={loss: options | {key: k}}) for k in (0, 2, 4))
+    assert none.flops < two.flops
+    assert four.flops - two.flops == pytest.approx(two.flops - none.flops)
+    assert none.memory == four.memory
+
+
 # Of a transformer: 4 rows of 128 positions, width 64, inner width 256, three layers.
 TOKENS = torch.zeros(4, 128, dtype=torch.long)
 MINIMALITY = {"coeff": 1e-3, "p": 1.0}
