@@ -164,10 +164,10 @@ def _side_by_side(
     """The processes that train all starts but the first, which is this process's own; none where
     that does not pay. They end with this process, for they watch its end of a pipe."""
     threads = torch.get_num_threads()
-    if not wanted or threads == 1 or _steps(config) < SIDE_BY_SIDE_FROM:
+    if not wanted or threads < config.starts.count or _steps(config) < SIDE_BY_SIDE_FROM:
         yield {}
         return
-    share = max(threads // config.starts.count, 1)
+    share = threads // config.starts.count
     others: dict[int, subprocess.Popen[bytes]] = {}
     try:
         torch.set_num_threads(share)

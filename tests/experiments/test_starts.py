@@ -123,9 +123,9 @@ def test_the_evaluation_tells_of_the_starts_and_counts_their_time(whole):
 
 
 @pytest.fixture
-def two_threads():
+def three_threads():
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     yield
     torch.set_num_threads(threads)
 
@@ -144,7 +144,7 @@ def with_processes(monkeypatch):
     return begun
 
 
-def test_starts_side_by_side_are_the_same(tmp_path, monkeypatch, whole, two_threads):
+def test_starts_side_by_side_are_the_same(tmp_path, monkeypatch, whole, three_threads):
     (tmp_path / "spd_fast.py").write_text("raise ImportError('another one')")
     monkeypatch.chdir(tmp_path)
     begun = with_processes(monkeypatch)
@@ -156,11 +156,18 @@ def test_starts_side_by_side_are_the_same(tmp_path, monkeypatch, whole, two_thre
     assert [process.returncode for process in begun] == [0, 0]
     assert steps == [*range(8), *range(8, 20)]  # the first start and what follows, no other start
     assert trained(tmp_path / "run") == trained(whole)
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 3
+
+
+def test_more_starts_than_threads_go_one_after_the_other(tmp_path, monkeypatch, three_threads):
+    begun = with_processes(monkeypatch)
+    torch.set_num_threads(2)
+    run(small(*THREE), tmp_path / "run", quiet=True)
+    assert not begun
 
 
 def test_a_process_that_fails_leaves_its_start_to_the_run(
-    tmp_path, monkeypatch, whole, two_threads
+    tmp_path, monkeypatch, whole, three_threads
 ):
     begun = with_processes(monkeypatch)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
