@@ -58,9 +58,10 @@ class Progress:
             if text:
                 self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.done)
+        ended = done >= self.total > self.done
         self.done = done
         now = time.perf_counter()
-        if self.bar is None and not self.quiet and (done >= self.total or now >= self.next_line):
+        if self.bar is None and not self.quiet and (ended or now >= self.next_line):
             elapsed = now - self.began
             self.next_line = now + min(max(self.interval, SPREAD * elapsed), LONGEST_SILENCE)
             remaining = elapsed / max(done - self.start, 1) * (self.total - done)

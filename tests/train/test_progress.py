@@ -43,6 +43,14 @@ def test_a_day_has_a_few_hundred_lines(clock):
     assert max(b - a for a, b in itertools.pairwise(said)) == 600
 
 
+def test_the_end_is_told_once(clock):
+    file = io.StringIO()
+    with Progress("train", 3, file=file, interval=10) as progress:
+        for done in (1, 3, 3, 3):
+            progress.update(done)
+    assert file.getvalue() == "train: 3/3  ETA 00:00\n"
+
+
 def test_a_line_tells_steps_eta_and_text(clock):
     file = io.StringIO()
     with Progress("train", 400, file=file, interval=10) as progress:
