@@ -130,12 +130,13 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             while self.step < end:
                 losses, step = self.train_step(self.step)
                 self.step += 1
-                if self.sees_every_step():
-                    self._check(self._values(losses), step)
-                if self.step % config.log_every == 0 or self.step == end:
+                logs = self.step % config.log_every == 0 or self.step == end
+                if logs or self.sees_every_step():
+                    values = self.checked(losses, step)
+                if logs:
                     now = time.perf_counter()
                     ms = 1e3 * (now - window[0]) / (self.step - window[1])
-                    progress.update(self.step, self.log(losses, step, ms))
+                    progress.update(self.step, self.log(values, step, ms))
                     window = time.perf_counter(), self.step
                 else:
                     progress.update(self.step)
@@ -170,10 +171,8 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         """Continue from what :meth:`extra_state` gave."""
 
     @torch.no_grad()
-    def log(self, losses: dict[str, Tensor], step: StepT, ms: float) -> str:
-        """Write one line of metrics.jsonl; the only place where the host waits for the device."""
-        values = self._values(losses)
-        self._check(values, step)
+    def log(self, values: dict[str, float], step: StepT, ms: float) -> str:
+        """Write one line of metrics.jsonl."""
         statistics = self.statistics(step)
         record = {
             "step": self.step,
@@ -196,22 +195,25 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         """Whether losses can be looked at after every step without waiting for a device."""
         return self.device.type == "cpu"
 
-    def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
+    def checked(self, losses: dict[str, Tensor], step: StepT) -> dict[str, float]:
+        """The losses and their ``total`` on the host, which waits for the device here alone.
+
+        Raises:
+            Diverged: one is not finite.
+        """
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         values["total"] = sum(self.coefficients[name] * value for name, value in values.items())
-        return values
-
-    @torch.no_grad()
-    def _check(self, values: dict[str, float], step: StepT) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                where = self.unsound(step)
+                with torch.no_grad():
+                    where = self.unsound(step)
                 raise Diverged(
                     f"loss {name!r} is {value}{self._noticed()}"
                     f"{'' if where is None else f' ({where})'}; try a lower lr "
                     f"({self.config.lr} now); checkpoints before it are kept"
                 )
         self._looked_at = self.step
+        return values
 
     def _noticed(self) -> str:
         """When something went wrong, as far as that is known without looking at every step."""

@@ -205,7 +205,7 @@ def test_the_total_is_the_weighted_sum(tmp_path):
 def test_l0_and_live_components_count_importances_above_a_hundredth(tmp_path):
     run = trainer(tmp_path)
     losses, step = run.train_step(0)
-    run.log(losses, step, 1.0)
+    run.log(run.checked(losses, step), step, 1.0)
     lower = step.importances["head"].lower
     line = metrics(tmp_path)[0]
     assert line["l0"]["head"] == pytest.approx((lower > 0.01).sum().item() / 9)
