@@ -372,7 +372,8 @@ class DecomposedModel(SiteModel):
             def run(h: Tensor) -> tuple[Tensor]:
                 return (ops.gate_logits(h, network.weights, network.biases, evaluated),)
 
-            return torch.cat([s for (s,) in _by_rows(network, inner, run)]).reshape(inner.shape)
+            (s,) = _by_rows(network, inner, run)
+            return _joined(s).reshape(inner.shape)
 
         return SiteImportances(
             *out, logits=logits, sigmoid=self.sigmoid, inner=lambda: inner, known_inner=inner
@@ -389,10 +390,8 @@ class DecomposedModel(SiteModel):
                 sigmoid=self.sigmoid, penalty=penalty, backend=self.backend,
             )  # fmt: skip
 
-        if inner.is_cuda:
-            return run(inner)
-        lower, sums = zip(*_by_rows(gate, inner, run), strict=True)
-        return torch.cat(lower).reshape(inner.shape), torch.stack(sums).sum(dim=0)
+        lower, sums = _by_rows(gate, inner, run)
+        return _joined(lower).reshape(inner.shape), torch.stack(sums).sum(dim=0)
 
     def _from_logits(
         self,
@@ -551,16 +550,22 @@ class DecomposedModel(SiteModel):
 def _by_rows(
     gate: MLPGate, inner: Tensor, run: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
-    """``run`` over the rows of h [..., C]; on a CPU in parts: of a hidden layer that it forms no
-    more than one is ever in memory, and none is kept for the backward, which forms it again."""
+    """What ``run`` returns over the rows of h [..., C], the parts of each; on a CPU there are
+    several: of a hidden layer that it forms no more than one is ever in memory, and none is kept
+    for the backward, which forms it again."""
     neurons = inner.shape[-1] * max(b.shape[1] for b in gate.biases)
     rows = inner.reshape(-1, inner.shape[-1])
     if inner.is_cuda:
-        return [run(rows)]
-    return [
+        return [(out,) for out in run(rows)]
+    parts = (
         checkpoint(run, part, use_reentrant=False, preserve_rng_state=False)
         for part in rows.split(max(NEURONS // neurons, 1))
-    ]
+    )
+    return list(zip(*parts, strict=True))
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _before(masked: Forward, module: Forward) -> Forward:
