@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spd_fast import backends, targets
@@ -25,9 +24,9 @@ from spd_fast.experiments.runs import (
     note_environment,
     peak_memory_mb,
     training_time,
+    try_step,
 )
 from spd_fast.experiments.seeds import check_seeds_folder, spread
-from spd_fast.losses import stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.train import Trainer, load_config
 from spd_fast.train.checkpoint import load_checkpoint, numbered_checkpoints
@@ -151,16 +150,6 @@ def language_trainer(
     return Trainer(model, config, batches, out=out, quiet=quiet)
 
 
-def _try_forwards(trainer: Trainer) -> None:
-    """Forwards of one step, which show what the data, the sites or the backend cannot do."""
-    with torch.no_grad():
-        step = trainer.forwards(0)
-        if (where := trainer.unsound(step)) is not None:
-            raise UserError(where)
-        check_logits(step.clean.output, step.batch, _vocabulary(trainer.model.target))
-        stochastic_recon(step)
-
-
 def run_language(
     config: LanguageConfig,
     out: Path,
@@ -185,7 +174,8 @@ def run_language(
         target = _load_target(config).to(chosen)
         trainer = language_trainer(config, target, out, backend, quiet)
         token_batches(config, target, "evaluate", str(chosen))(0)
-        _try_forwards(trainer)
+        step = try_step(trainer)
+        check_logits(step.clean.output, step.batch, _vocabulary(trainer.model.target))
         resumed = resume and out.is_dir() and trainer.resume()
         if not out.is_dir():
             out.mkdir(parents=True)

@@ -46,7 +46,7 @@ from spd_fast.experiments.starts import (
     remove_checkpoints,
     start_config,
 )
-from spd_fast.losses import stochastic_recon
+from spd_fast.losses import Step, stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config
@@ -68,6 +68,7 @@ __all__ = [
     "peak_memory_mb",
     "run",
     "training_time",
+    "try_step",
 ]
 
 EVALUATION_BATCH = 8192
@@ -167,7 +168,11 @@ def run(
         # An untrained network stands in for a target still to be trained until all is checked.
         target = targets.make_target(config.target, config.seed) if trained is None else trained
         trainer = make_trainer(_started(config, out), target.to(chosen), out, backend, quiet)
-        _try_forwards(trainer)
+        if isinstance(trainer, APDTrainer):
+            with torch.no_grad():
+                trainer.forwards(0)
+        else:
+            try_step(trainer)
         resumed = resume and trained is not None and trainer.resume()
 
         if not out.is_dir():
@@ -251,16 +256,18 @@ def make_trainer(
     return Trainer(model, config, batches, out=out, quiet=quiet)
 
 
-def _try_forwards(trainer: Trainer | APDTrainer) -> None:
-    """Forwards of one step, which show what the chosen backend or the sites cannot do."""
-    with torch.no_grad():
-        if isinstance(trainer, APDTrainer):
-            trainer.forwards(0)
-            return
-        step = trainer.forwards(0)
-        if (where := trainer.unsound(step)) is not None:
-            raise UserError(where)
-        stochastic_recon(step)
+@torch.no_grad()
+def try_step(trainer: Trainer) -> Step:
+    """Forwards of one step, which show what the data, the sites or the backend cannot do.
+
+    Raises:
+        UserError: also where something is not finite.
+    """
+    step = trainer.forwards(0)
+    if (where := trainer.unsound(step)) is not None:
+        raise UserError(where)
+    stochastic_recon(step)
+    return step
 
 
 def _trained_target(config: AnyConfig, out: Path) -> nn.Module | None:
@@ -409,7 +416,9 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
     for name, site in model.sites.items():
         matched = match(model, name, measured.probes[name])
         anything = match(model, name)
-        known = expected.get(name)
+        known, probe = expected.get(name), measured.probes[name]
+        # APD has no importances: its errors are its own (measure).
+        graded = None if isinstance(model, APDModel) else known
         sites[name] = {
             "mmcs": matched.mmcs,
             "mmcs_std": matched.cosine.std(correction=0).item(),
@@ -422,12 +431,8 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
             "live_components": live_components(measured.probes[name]),
             "expected": None if known is None else [known.pattern, known.components],
             "ci_error": measured.errors.get(name),
-            "ci_error_0p2": None
-            if known is None or isinstance(model, APDModel)
-            else known.error(measured.probes[name], WIDER),
-            "ci_margins": None
-            if known is None or isinstance(model, APDModel)
-            else list(known.margins(measured.probes[name])),
+            "ci_error_0p2": None if graded is None else graded.error(probe, WIDER),
+            "ci_margins": None if graded is None else list(graded.margins(probe)),
             "l0": measured.l0[name],
             "faithfulness": (unfaithful[name] / site.weight.numel()).item(),
             "relative_error": (unfaithful[name].sqrt() / site.weight.norm()).item(),

@@ -1,7 +1,6 @@
 """One start of a run, in a process of its own; it ends when its standard input does.
 
-``python -m spd_fast.experiments.start_process OUT START THREADS [BACKEND]``, which
-:mod:`spd_fast.experiments.starts` runs.
+Arguments: OUT START THREADS [BACKEND]. :mod:`spd_fast.experiments.starts` runs it.
 """
 
 from __future__ import annotations
