@@ -356,9 +356,6 @@ def table(
 @app.command()
 def plan(
     experiment: Annotated[str, typer.Argument(help="An experiment's name, or a .yaml file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Further settings.")
-    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")
     ] = None,
@@ -370,7 +367,7 @@ def plan(
     from spd_fast.experiments.planning import plan_experiment
     from spd_fast.train import set_keys
 
-    data = set_keys(experiments.recipe(experiment), [*(assignments or []), *(overrides or [])])
+    data = set_keys(experiments.recipe(experiment), assignments or [])
     print(plan_experiment(data, device=device, backend=backend).table())
 
 
