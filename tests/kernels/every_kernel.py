@@ -7,6 +7,9 @@ The script that the sanitizer watches; ``run(device)`` is the same in the interp
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -26,7 +29,10 @@ from spd_fast.ops import (
     make_key,
 )
 
-__all__ = ["DTYPES", "REGIMES", "SIZES", "SMALL_SIZES", "run"]
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["DTYPES", "REGIMES", "SIZES", "SMALL_SIZES", "run", "watch"]
 
 
 SIZES = (70, 19, 132, 70, 300)
@@ -40,6 +46,20 @@ REGIMES = {
     "large": _LARGE,
     "library": {**_LARGE, "IN_KERNEL_DEPTH": 0, "IN_KERNEL_DEPTH_DUAL": 0},
 }
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, look: Callable[..., object]) -> None:
+    """Have ``look`` called with the arguments of every launch of the registry's kernels."""
+    from spd_fast.kernels.registry import cases
+
+    for name in {getattr(case.kernel, "fn", case.kernel).__module__ for case in cases()}:
+        module = sys.modules[name]
+
+        def launch(*args: Any, original: Any = module.launch, **options: Any) -> None:
+            look(*args, **options)
+            original(*args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
 
 
 def run(

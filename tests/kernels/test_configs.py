@@ -178,30 +178,19 @@ def wrong(case, arguments):
 @pytest.fixture
 def launches(monkeypatch):
     """Every launch so far: the kernel, its configuration, element type and arguments in use."""
-    from spd_fast.kernels import (
-        component_linear,
-        divergence,
-        embedding_inner,
-        gate,
-        importances,
-        random,
-    )
-
     seen = []
-    for module in (component_linear, divergence, embedding_inner, gate, importances, random):
 
-        def launch(kernel, like, grid, *args, config=None, original=module.launch, **constants):
-            arguments = dict(zip(kernel.arg_names, args, strict=False))
-            for name in unused(constants):
-                arguments.pop(name, None)
-            tiles = constants if config is None else config.blocks
-            blocks = {k: v for k, v in tiles.items() if k.startswith("BLOCK")}
-            warps = (4, 1) if config is None else (config.num_warps, config.num_stages)
-            element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[like.dtype]
-            seen.append((kernel, (blocks, *warps), element, arguments))
-            original(kernel, like, grid, *args, config=config, **constants)
+    def look(kernel, like, grid, *args, config=None, **constants):
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        for name in unused(constants):
+            arguments.pop(name, None)
+        tiles = constants if config is None else config.blocks
+        blocks = {k: v for k, v in tiles.items() if k.startswith("BLOCK")}
+        warps = (4, 1) if config is None else (config.num_warps, config.num_stages)
+        element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[like.dtype]
+        seen.append((kernel, (blocks, *warps), element, arguments))
 
-        monkeypatch.setattr(module, "launch", launch)
+    every_kernel.watch(monkeypatch, look)
     return seen
 
 
