@@ -63,8 +63,15 @@ __all__ = ["Plan", "make_plan"]
 MIB = 2**20
 # Neurons of gates a second and core, forward and backward, of the C++ kernels (docs/results.md).
 GATE_FORWARD, GATE_BACKWARD = 1.7e9, 0.9e9
-# Activations of transformers that keep about four more tensors than torch's own.
+# Activations of transformers that keep tensors which torch's own does not.
 COMPOSED_GELUS = ("NewGELUActivation", "FastGELUActivation")
+
+# Fitted to the networks of tests/train/test_plan.py; python -m bench.plan shows them on others.
+# A masked forward of a transformer keeps so many times the widths of its matrices, its logits, and
+# the inner width of a composed GELU; one with a single masked site, this share of all that.
+WIDTHS_KEPT, LOGITS_KEPT, GELU_KEPT, ONE_SITE = 1.25, 2.0, 4.0, 3 / 8
+# A gate's hidden layer that is formed is in memory so many times in its backward.
+HIDDEN_OF_EMBEDDING, HIDDEN = 4.0, 2.5
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,9 @@ def _activations(target: nn.Module, inputs: float) -> tuple[float, float]:
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     inner = inner or 4 * getattr(config, "hidden_size", 0)
     gelus = sum(type(m).__name__ in COMPOSED_GELUS for m in target.modules())
-    return widths, 1.25 * widths + 2.0 * matrices[-1][1] + 4.0 * gelus * inner
+    return widths, (
+        WIDTHS_KEPT * widths + LOGITS_KEPT * matrices[-1][1] + GELU_KEPT * gelus * inner
+    )
 
 
 def _importances(
@@ -200,7 +209,8 @@ def _hidden_layers(model: DecomposedModel, config: TrainConfig, N: int) -> float
     """Of gates whose hidden layer is formed, a part of the rows at a time: numbers of that part."""
     hidden = max(model.options["ci_hidden"], default=0) if model.options["ci_fn"] == "mlp" else 0
     formed = [
-        (4.0 if s.kind == "embedding" else 2.5) * min(s.components * hidden * N, NEURONS)
+        (HIDDEN_OF_EMBEDDING if s.kind == "embedding" else HIDDEN)
+        * min(s.components * hidden * N, NEURONS)
         for s in model.sites.values()
         if s.kind == "embedding" or config.sampling == "binomial"
     ]
@@ -227,8 +237,8 @@ def _memory(
     clean, masked = _activations(
         model.target, float(sum(s.d_in for s in sites if s.kind != "embedding"))
     )
-    kept = 0.0 if config.activation_checkpointing else masked * (whole + 3 / 8 * single)
-    again = masked * (1.0 if whole else 3 / 8) if whole + single > 1 else 0.0
+    kept = 0.0 if config.activation_checkpointing else masked * (whole + ONE_SITE * single)
+    again = masked * (1.0 if whole else ONE_SITE) if whole + single > 1 else 0.0
     held, gradient = _importances(model, config, backend, N)
     wide = 2.0 * max(max(m) for m in _matrices(model.target))
     tiles = (3 * max(s.components for s in sites) + wide) * N
