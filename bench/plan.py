@@ -9,18 +9,21 @@ Takes some minutes. ``--target``: a language model's folder, as well.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.machine import machine
 from bench.tensor_peak import tensor_peak
+from spd_fast.experiments import recipe
+from spd_fast.experiments.runs import make_trainer
 from spd_fast.model import DecomposedModel
-from spd_fast.train import TrainConfig, Trainer
+from spd_fast.targets import make_target
+from spd_fast.train import TrainConfig, Trainer, parse_config, set_keys
 from spd_fast.train.plan import make_plan
 
 VOCABULARY, BOUND = 512, 0.15
@@ -28,6 +31,10 @@ MINIMALITY = {"coeff": 1e-3, "p": 1.0}
 LOSSES = {"faithfulness": 1.0, "stochastic_recon_layerwise": 0, "importance_minimality": MINIMALITY}
 # Width, layers, rows and positions of a batch, components a site.
 SIZES = ((32, 2, 4, 64, 128), (48, 2, 8, 96, 256), (96, 2, 4, 128, 512), (128, 4, 2, 256, 256))
+TOYS = (
+    ("tms_5-2", 4096, "cpu"), ("tms_40-10", 2048, "cpu"), ("resid_mlp1", 512, "cpu"),
+    ("resid_mlp2", 128, "cpu"), ("tms_5-2", 512, "reference"),
+)  # fmt: skip
 Network = tuple[str, Callable[[], nn.Module], dict[str, int], str | None, Tensor]
 
 
@@ -82,20 +89,37 @@ def ratio(network: Network, layerwise: bool) -> float:
         warm_up={"steps": 0}, losses=LOSSES | {"stochastic_recon_layerwise": int(layerwise)},
         divergence="kl" if output == "logits" else "mse",
     )  # fmt: skip
-    made: list[DecomposedModel] = []
 
-    def train() -> Any:
+    def make() -> Trainer:
         torch.manual_seed(0)
         model = DecomposedModel(build().eval(), sites, delta=True, output=output, backend="cpu")
-        made.append(model)
-        trainer = Trainer(model, config, lambda _: batch, quiet=True)
+        return Trainer(model, config, lambda _: batch, quiet=True)
+
+    return _ratio(make, len(batch) if batch.is_floating_point() else batch.numel())
+
+
+def toy_ratio(name: str, batch_size: int, backend: str) -> float:
+    """The same of a toy of the paper, with its recipe."""
+    config = parse_config(set_keys(recipe(name), [f"batch_size={batch_size}"]))
+
+    def make() -> Trainer:
+        return make_trainer(config, make_target(config.target, config.seed), None, backend, True)
+
+    return _ratio(make, batch_size)
+
+
+def _ratio(make: Callable[[], Trainer], positions: int) -> float:
+    made: list[Trainer] = []
+
+    def train() -> None:
+        made.append(make())
         for step in range(2):  # moments are there from the second step on
-            trainer.train_step(step)
-        return trainer
+            made[0].train_step(step)
 
     measured = tensor_peak(train)
-    positions = batch.numel() if batch.ndim == 2 and not batch.is_floating_point() else len(batch)
-    return make_plan(made[0], config, positions, measure=lambda _: None).total / measured
+    trainer = made[0]
+    plan = make_plan(trainer.model, trainer.config, positions, measure=lambda _: None)
+    return plan.total / measured
 
 
 def main() -> None:
@@ -112,14 +136,21 @@ def main() -> None:
         tokens = torch.zeros(4, 256, dtype=torch.long)
         found.append((options.target.name, lambda: load_hf(options.target),
                       {"*.mlp.*": 512, "*.self_attn.*": 512}, "logits", tokens))  # fmt: skip
-    ratios = []
+    cases: list[tuple[str, Callable[[], float]]] = [
+        (f"{name}, {backend}, batch {size}", functools.partial(toy_ratio, name, size, backend))
+        for name, size, backend in TOYS
+    ]
     for network in found:
-        if options.only not in network[0]:
-            continue
-        for layerwise in (False, True):
-            ratios.append(ratio(network, layerwise))
-            losses = "with layerwise" if layerwise else "all sites masked"
-            print(f"{ratios[-1]:5.2f}  {network[0]}; {losses}", flush=True)
+        for layerwise, losses in ((False, "all sites masked"), (True, "with layerwise")):
+            case = functools.partial(ratio, network, layerwise)
+            cases.append((f"{network[0]}; {losses}", case))
+    ratios = []
+    for name, measured in cases:
+        if options.only in name:
+            ratios.append(measured())
+            print(f"{ratios[-1]:5.2f}  {name}", flush=True)
+    if not ratios:
+        parser.error(f"--only {options.only!r} is in no network's name")
     inside = sum(abs(r - 1) < BOUND for r in ratios)
     print(f"{inside} of {len(ratios)} within {BOUND:.0%}; {min(ratios):.2f} to {max(ratios):.2f}, "
           f"median {statistics.median(ratios):.2f}")  # fmt: skip
