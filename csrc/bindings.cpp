@@ -561,6 +561,13 @@ variable_list once_differentiable(variable_list grads, const variable_list& inco
   return (*error)(std::move(grads));
 }
 
+// A layer of the gates, [C, in, out] or [C, out] as its module holds it, as the kernels take it: [C, columns], or [C].
+Tensor flat(const Tensor& layer, bool one_column = false) {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autograd_dispatch_keyset_with_ADInplaceOrView};
+  const int64_t C = layer.size(0);
+  return one_column ? layer.reshape({C}) : layer.reshape({C, C > 0 ? layer.numel() / C : 0});
+}
+
 struct GateFunction : torch::autograd::Function<GateFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& V, const Tensor& w_in,
                                const Tensor& b_in, const Tensor& w_out, const Tensor& b_out, const std::string& sigmoid,
@@ -568,7 +575,8 @@ struct GateFunction : torch::autograd::Function<GateFunction> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["options"] = c10::ivalue::Tuple::create({sigmoid, penalty, power, eps, interpolated});
     const auto run = interpolated ? gate_forward<true> : gate_forward<false>;
-    const auto [inner, lower, sums] = run(x, V, w_in, b_in, w_out, b_out, sigmoid, penalty, power, eps);
+    const auto [inner, lower, sums] =
+        run(x, V, flat(w_in), b_in, flat(w_out), flat(b_out, true), sigmoid, penalty, power, eps);
     ctx->save_for_backward({x, V, inner, w_in, b_in, w_out, b_out});
     return {inner, lower, sums};
   }
@@ -581,9 +589,10 @@ struct GateFunction : torch::autograd::Function<GateFunction> {
     const auto& o = options->elements();
     const auto run = o[4].toBool() ? gate_backward<true> : gate_backward<false>;
     std::tie(out[0], out[1], out[2], out[3], out[4], out[5]) =
-        run(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], saved[3], saved[4],
-            saved[5], saved[6], o[0].toStringRef(), o[1].toStringRef(), o[2].toDouble(), o[3].toDouble(),
-            ctx->needs_input_grad(0));
+        run(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1], saved[2], flat(saved[3]),
+            saved[4], flat(saved[5]), flat(saved[6], true), o[0].toStringRef(), o[1].toStringRef(), o[2].toDouble(),
+            o[3].toDouble(), ctx->needs_input_grad(0));
+    for (size_t layer : {2, 4, 5}) out[layer] = out[layer].view(saved[layer + 1].sizes());
     return once_differentiable(std::move(out), grads);
   }
 };
@@ -674,6 +683,16 @@ Tensor uniform(const Tensor& key, int64_t rows, int64_t columns, int64_t draw, i
   return out;
 }
 
+// A batch [rows, features] of sparse features, the bits of torch's own generator with this seed.
+Tensor sparse_features(uint64_t seed, int64_t rows, int64_t features, double probability, double low, double high) {
+  Plain plain("spd_fast::sparse_features");
+  TORCH_CHECK_VALUE(rows >= 0 && features >= 0, "rows and features must not be negative: ", rows, ", ", features);
+  const Tensor out = at::empty({rows, features}, at::TensorOptions(at::kFloat));
+  spd::kernels<float>().sparse_features(uint32_t(seed), rows * features, float(probability), float(low),
+                                        float(high - low), output<float>(out));
+  return out;
+}
+
 // Lets the process keep memory it has freed. Without it glibc returns every large block to the system and each call
 // takes one page fault per 4 KiB of output again, a third of the time of a gate. Process-wide, so only on request.
 bool keep_freed_memory() {
@@ -726,6 +745,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("faithfulness", &faithfulness, release);
   m.def("uniform", &uniform, release, py::arg("key"), py::arg("rows"), py::arg("columns"), py::arg("draw"),
         py::arg("site"), py::arg("row_offset"), py::arg("dtype"));
+  m.def("sparse_features", &sparse_features, release, py::arg("seed"), py::arg("rows"), py::arg("features"),
+        py::arg("probability"), py::arg("low"), py::arg("high"));
   m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
   m.def("keep_freed_memory", &keep_freed_memory);
   m.def("instruction_set", [] { return std::string(spd::instruction_set()); });

@@ -21,7 +21,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the C++ extension spd_fast._C is not installed; {advice}"
     except ImportError as error:
         return None, f"the C++ extension spd_fast._C cannot be imported: {error}"
-    if missing := [name for name in (*PRIMITIVES, *DIFFERENTIABLE) if not hasattr(extension, name)]:
+    wanted = (*PRIMITIVES, *DIFFERENTIABLE, "sparse_features")
+    if missing := [name for name in wanted if not hasattr(extension, name)]:
         reason = f"is older than this spd_fast: it lacks {missing[0]}; build it again"
         return None, f"the C++ extension spd_fast._C {reason}, {advice}"
     return extension, None

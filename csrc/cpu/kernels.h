@@ -160,6 +160,8 @@ struct Kernels {
   void (*faithfulness_backward)(const Host<T>&, const Faithfulness<T>&, T grad, T* grad_V, T* grad_U);
   // out [rows, columns] row-major.
   void (*uniform)(const Host<T>&, const Key&, int64_t rows, int64_t columns, T* out);
+  // `count` sparse features (features.inl), float whatever T is.
+  void (*sparse_features)(uint32_t seed, int64_t count, float probability, float low, float width, float* out);
 };
 
 // "baseline", "avx2" or "avx512": the best this machine has, or the one named in SPD_FAST_CPU_ISA.

@@ -49,6 +49,8 @@ static int64_t component_chunk(int64_t rows, int64_t components) {
 
 #include "faithfulness.inl"
 
+#include "features.inl"
+
 template <class T>
 constexpr Kernels<T> table{gate_forward<T>,
                            gate_backward<T>,
@@ -60,7 +62,8 @@ constexpr Kernels<T> table{gate_forward<T>,
                            layer_backward<T>,
                            faithfulness_forward<T>,
                            faithfulness_backward<T>,
-                           uniform<T>};
+                           uniform<T>,
+                           sparse_features};
 
 const Kernels<float>& kernels_float() { return table<float>; }
 const Kernels<double>& kernels_double() { return table<double>; }

@@ -551,6 +551,22 @@ void test_uniform(const std::string& name) {
   check(same, name + " uniform");
 }
 
+void test_sparse_features(const std::string& name) {
+  for (int64_t count : {0, 1, 311, 312, 313, 625, 2000}) {
+    std::mt19937 words(17);
+    const auto next = [&] { return float(words() & 0xffffffu) / 16777216.0f; };
+    std::vector<float> truth(static_cast<size_t>(count)), got(static_cast<size_t>(count));
+    for (float& t : truth) t = next() < 0.3f ? 1.0f : 0.0f;
+    for (float& t : truth) {
+      const float scaled = next() * 2.0f;
+      t = (scaled - 1.0f) * t;
+    }
+    spd::kernels<float>().sparse_features(17, count, 0.3f, -1.0f, 2.0f, got.data());
+    check(count == 0 || std::memcmp(got.data(), truth.data(), got.size() * sizeof(float)) == 0,
+          name + " sparse features " + std::to_string(count));
+  }
+}
+
 template <class T>
 void test_kernels(const std::string& isa) {
   const std::string type = isa + (sizeof(T) == 4 ? " float" : " double");
@@ -590,6 +606,7 @@ void test_kernels(const std::string& isa) {
           where + " one and two threads");
   }
   test_uniform<T>(type);
+  if (sizeof(T) == 4) test_sparse_features(isa);
 }
 
 }  // namespace

@@ -173,10 +173,11 @@ class _Gate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options, ctx.gate_eval = (sigmoid, penalty, power, eps), gate_eval
         forward = _fused.kernel(_PRIMITIVES[gate_eval][0], x)
-        inner, lower, sums = forward(x, V, w_in, b_in, w_out, b_out, *ctx.options)
+        layers = _flat(w_in, b_in, w_out, b_out)
+        inner, lower, sums = forward(x, V, *layers, *ctx.options)
         streamed = x.device.type != "cpu" and inner.numel() > STREAMED
         kept = None if streamed else inner
-        ctx.save_for_backward(x, V, kept, w_in, b_in, w_out, b_out)
+        ctx.save_for_backward(x, V, kept, *layers)
         return inner, lower, sums
 
     @staticmethod
@@ -187,11 +188,12 @@ class _Gate(torch.autograd.Function):
         if grad_inner is None and grad_lower is None and grad_sums is None:
             return (None,) * 11
         backward = _fused.kernel(_PRIMITIVES[ctx.gate_eval][1], ctx.saved_tensors[0])
-        grads = backward(
+        x, V, w_in, b_in, w_out, b_out = backward(
             grad_inner, grad_lower, grad_sums, *ctx.saved_tensors, *ctx.options,
             ctx.needs_input_grad[0],
         )  # fmt: skip
-        return (*grads, None, None, None, None, None)
+        layers = w_in.unsqueeze(1), b_in, w_out.unsqueeze(2), b_out.unsqueeze(1)
+        return (x, V, *layers, None, None, None, None, None)
 
 
 def _chosen_eval(
@@ -240,15 +242,28 @@ def unsupported(
     return _fused.unsupported_dtype(backend, x)
 
 
+def _first_and_last(
+    weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w_in [C, 1, H], b_in [C, H], w_out [C, H, 1], b_out [C, 1]; the linear gate has H = 0 and
+    w_out [C, 1, 1]."""
+    if len(weights) > 1:
+        return weights[0], biases[0], weights[-1], biases[-1]
+    C = weights[0].shape[0]
+    return weights[0].new_empty(C, 1, 0), biases[0].new_empty(C, 0), weights[0], biases[0]
+
+
+def _flat(
+    w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return w_in.squeeze(1), b_in, w_out.squeeze(2), b_out.squeeze(1)
+
+
 def fused_layers(
     weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w_in, b_in, w_out [C, H] and b_out [C]; the linear gate has H = 0 and w_out [C, 1]."""
-    if len(weights) == 1:
-        w_in = b_in = weights[0].new_empty(weights[0].shape[0], 0)
-    else:
-        w_in, b_in = weights[0][:, 0], biases[0]
-    return w_in, b_in, weights[-1][:, :, 0], biases[-1][:, 0]
+    return _flat(*_first_and_last(weights, biases))
 
 
 def check_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], components: int) -> None:
@@ -322,7 +337,8 @@ def gate(
     else:
         _fused.load(chosen)
         run = _fused.differentiable(chosen, "gate", x, _Gate)
-        out = run(_fused.autocast(rows), V, *fused_layers(weights, biases), *options)
+        # Layers as they are: to slice them here would be nodes of the graph.
+        out = run(_fused.autocast(rows), V, *_first_and_last(weights, biases), *options)
     inner, lower, sums = out
     if x.ndim != 2:
         shape = (*x.shape[:-1], components)

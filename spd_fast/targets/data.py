@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_fast import _extension
 from spd_fast._seeds import mixed_seed
 
 __all__ = ["SparseFeatures"]
@@ -32,8 +33,14 @@ class SparseFeatures:
 
     def __call__(self, step: int) -> Tensor:
         """The batch of a step, [batch_size, features], float32."""
+        seed = mixed_seed(self.seed, self.stream, step)
+        if self.device == "cpu" and (extension := _extension.module()) is not None:
+            # The same numbers; torch's own generator takes several times as long.
+            return extension.sparse_features(
+                seed, self.batch_size, self.features, self.probability, self.low, self.high
+            )
         generator = torch.Generator(self.device)
-        generator.manual_seed(mixed_seed(self.seed, self.stream, step))
+        generator.manual_seed(seed)
         shape = (2, self.batch_size, self.features)
         present, value = torch.rand(shape, generator=generator, device=self.device)
         value = value.mul_(self.high - self.low).add_(self.low)

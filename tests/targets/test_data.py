@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spd_fast import _extension
 from spd_fast.targets import SparseFeatures
 
 
@@ -65,3 +66,28 @@ def test_global_random_numbers_are_left_alone():
     torch.manual_seed(3)
     data()(0)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.skipif(_extension.module() is None, reason="without the C++ extension")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    ("features", "batch_size", "probability", "low", "high"),
+    [(5, 1024, 0.05, 0.0, 1.0), (7, 89, 0.3, -1.0, 1.0), (1, 1, 1.0, -2.5, 0.3)],
+)
+def test_the_extension_draws_the_bits_of_torch(
+    isa, features, batch_size, probability, low, high, monkeypatch
+):
+    monkeypatch.setenv("SPD_FAST_CPU_ISA", isa)
+    made = data(
+        features=features, batch_size=batch_size, probability=probability, low=low, high=high
+    )
+    for step in range(3):
+        try:
+            ours = made(step)
+        except RuntimeError:
+            pytest.skip(f"this machine has no {isa}")
+        with monkeypatch.context() as without:
+            without.setattr(_extension, "module", lambda: None)
+            theirs = made(step)
+        # As integers: a zero's sign counts.
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
