@@ -80,7 +80,7 @@ def neuron_contributions(model: SiteModel) -> NeuronContributions:
     target = model.target
     if not isinstance(target, ResidMLP):
         raise ValueError(f"neuron contributions need a ResidMLP, got {type(target).__name__}")
-    W_E = target.embedding.W_E.double()  # [features, d_embed], and W_U = W_Eᵀ
+    W_E = target.W_E.double()  # [features, d_embed], and W_U = W_Eᵀ
     of_target, of_components, indices = [], [], []
     for i in range(len(target.layers)):
         names = [f"layers.{i}.mlp_in", f"layers.{i}.mlp_out"]

@@ -28,11 +28,13 @@ from spd_fast.model.ci_fns import (
     make_global_ci_fn,
 )
 from spd_fast.model.components import Components, Init, TiedComponents
+from spd_fast.model.factored import Factored, Inputs, Product, dense
 from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
 from spd_fast.model.sites import Site, SiteModel, resolve_sites, submodules
 from spd_fast.ops.gate import GateEval, check_gate_eval, definite_eval
+from spd_fast.ops.masks import MaskRecipe
 from spd_fast.ops.penalty import Penalty
 from spd_fast.ops.sigmoids import SigmoidKind, check_sigmoid
 
@@ -41,6 +43,10 @@ __all__ = ["CleanForward", "DecomposedModel"]
 Forward = Callable[..., Any]
 # The key of a network for all sites, which then is the only one.
 _GLOBAL = "global"
+# A product this many times as wide as its rows is kept as its factors.
+WIDENS = 2
+# Positions at which a module that reads a factored stream is compared with its weight.
+CHECKED = 256
 # Hidden neurons of an embedding's gates that are in memory at a time.
 NEURONS = 2**22
 
@@ -52,12 +58,13 @@ class CleanForward:
     Attributes:
         output: the target's output tensor.
         inputs: site name → x [..., d_in] (tokens [...] at an embedding), the very tensors the
-            modules received, in the order in which the sites were called.
+            modules received, in the order in which the sites were called. One that the engine
+            keeps factored (:mod:`spd_fast.model.factored`) is formed when asked for.
         outputs: of the modules that finish before a site, which masked forwards take over.
     """
 
     output: Tensor
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=Inputs)
     outputs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -245,9 +252,10 @@ class DecomposedModel(SiteModel):
             lambda: self.caller.clean(batch),
         )
         clean = CleanForward(output=torch.empty(0))
-        forwards: dict[str, Forward] = {}
+        forwards = {path: _factored(W) for path, W in self.widening().items()}
         for path in {p for prefix in before.values() for p in prefix}:
-            forwards[path] = _keep_output(path, self._submodules[path].forward, clean)
+            inside = forwards.get(path, self._submodules[path].forward)
+            forwards[path] = _keep_output(path, inside, clean)
         # The identity at a module's input is called before the module's own site.
         for site in sorted(self.sites.values(), key=lambda s: s.kind == "identity"):
             inside = forwards.get(site.module, self._submodules[site.module].forward)
@@ -270,17 +278,40 @@ class DecomposedModel(SiteModel):
                     f"site {site.name!r} is called more than once per forward, which is not "
                     "supported: leave it out of `sites`"
                 )
-            x = clean.inputs[site.name] = _input(args, kwargs)
+            x = clean.inputs.held[site.name] = _input(args, kwargs)
             if site.kind != "embedding" and x.shape[-1] != site.d_in:
                 raise UserError(
                     f"site {site.name!r} takes vectors of width {site.d_in}, got {tuple(x.shape)}"
                 )
             y = forward(*args, **kwargs)
-            if check and site.kind != "identity":
-                _check_module(site, x, y)
+            if check and site.kind != "identity" and not isinstance(y, Factored):
+                seen = x.first(CHECKED) if isinstance(x, Factored) else x
+                _check_module(site, seen, y if seen is x else y.flatten(0, -2)[:CHECKED])
             return y
 
         return captured
+
+    def widening(self) -> dict[str, Tensor]:
+        """Path → W [d_out, d_in] of the modules that write to a factored stream; none where the
+        target does not ask for one (``factored_stream``), nor on a GPU, where a step of such a
+        network is as long as its launches. The reference stays plain."""
+        if not getattr(self.target, "factored_stream", False):
+            return {}
+        device = next(iter(self.sites.values())).weight.device
+        if (
+            device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+            or backends.name_for(self.backend, device) == "reference"
+        ):
+            return {}
+        found: dict[str, Tensor] = {}
+        for path, module in self._submodules.items():
+            plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+            if plain and module.bias is None:
+                W = module.weight.detach()
+                if W.shape[0] >= WIDENS * W.shape[1]:
+                    found[path] = W
+        return found
 
     def causal_importances(
         self, clean: CleanForward, penalty: Penalty | None = None
@@ -333,13 +364,21 @@ class DecomposedModel(SiteModel):
             network = self.ci_fns[_key(name)] if whole is None else None
             if isinstance(network, MLPGate) and site.kind != "embedding":
                 counts[name] = ops.gate_counts(
-                    clean.inputs[name], self.V(name), network.weights, network.biases, threshold,
+                    *self._read(site, clean), network.weights, network.biases, threshold,
                     sigmoid=self.sigmoid, gate_eval=self.gate_eval, backend=self.backend,
                 )  # fmt: skip
                 continue
             known = self._local_importances(site, clean, None) if whole is None else whole[name]
             counts[name] = (known.lower > threshold).flatten(0, -2).sum(0)
         return counts
+
+    def _read(self, site: Site, clean: CleanForward) -> tuple[Tensor, Tensor]:
+        """(x, V) of a linear site, or two smaller factors of the same h = x V."""
+        x, V = clean.inputs.held[site.name], self.V(site.name)
+        if isinstance(x, Factored) and not x.sums:
+            rows, matrix = x.rows()
+            return rows, matrix @ V
+        return dense(x), V
 
     def _inner(self, site: Site, x: Tensor) -> Tensor:
         """h [..., C] of a site's input."""
@@ -350,17 +389,20 @@ class DecomposedModel(SiteModel):
     def _local_importances(
         self, site: Site, clean: CleanForward, penalty: Penalty | None
     ) -> SiteImportances:
-        x, network = clean.inputs[site.name], self.ci_fns[_key(site.name)]
+        network = self.ci_fns[_key(site.name)]
         if not isinstance(network, MLPGate):
+            x = clean.inputs[site.name]
             return self._from_logits(site, x, network(x), None, penalty)
         gate_eval: GateEval = "exact"
         if site.kind == "embedding":
+            x = clean.inputs[site.name]
             inner = self._inner(site, x)
             out = self._gate_inner(network, inner, penalty)
         else:
             gate_eval = self.gate_eval
+            x, V = self._read(site, clean)
             inner, *rest = ops.gate(
-                x, self.V(site.name), network.weights, network.biases,
+                x, V, network.weights, network.biases,
                 sigmoid=self.sigmoid, penalty=penalty, gate_eval=gate_eval, backend=self.backend,
             )  # fmt: skip
 
@@ -436,7 +478,8 @@ class DecomposedModel(SiteModel):
         for name in names:
             if name not in self.sites:
                 raise UserError(f"unknown site {name!r}; nearest: {nearest(name, self.sites)}")
-        forwards: dict[str, Forward] = {}
+        forwards = {path: _factored(W) for path, W in self.widening().items()}
+        factors = bool(forwards)
         first = None  # the first masked site sees what it saw in the clean forward
         if clean is not None and self._prefixes is not None:
             first = next((n for n in clean.inputs if n in names), None)
@@ -447,7 +490,7 @@ class DecomposedModel(SiteModel):
             site, inner = self.sites[name], None
             if importances is not None and name == first:
                 inner = importances[name].known_inner
-            masked = self._masked(site, masking, inner, inputs)
+            masked = self._masked(site, masking, inner, inputs, factors)
             if site.kind == "identity":
                 inside = forwards.get(site.module, self._submodules[site.module].forward)
                 masked = _before(masked, inside)
@@ -461,18 +504,23 @@ class DecomposedModel(SiteModel):
         masking: Masking,
         inner: Tensor | None,
         inputs: dict[str, Tensor] | None,
+        factors: bool,
     ) -> Forward:
         name = site.name
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             x = _input(args, kwargs)
             if inputs is not None:
-                inputs[name] = x
+                inputs[name] = dense(x)
             if site.kind == "embedding":
                 return ops.component_embedding(
                     x, self.V(name), self.U(name), masking.recipe(site),
                     weight=site.weight.T, inner=inner, backend=self.backend, site_name=name,
                 )  # fmt: skip
+            if isinstance(x, Factored):
+                return self._masked_reading(site, x, masking.recipe(site), inner)
+            if factors and site.bias is None and site.d_out >= WIDENS * site.components:
+                return self._masked_writing(site, x, masking.recipe(site), inner)
             return ops.component_linear(
                 x, self.V(name), self.U(name), masking.recipe(site),
                 weight=site.weight, bias=site.bias, inner=inner,
@@ -480,6 +528,45 @@ class DecomposedModel(SiteModel):
             )  # fmt: skip
 
         return forward
+
+    def _masked_reading(
+        self, site: Site, x: Factored, recipe: MaskRecipe, inner: Tensor | None
+    ) -> Tensor:
+        """A masked site that reads a factored stream: h = x V and x Wᵀ come from the factors."""
+        U = self.U(site.name)
+        if inner is None:
+            inner = x.times(self.V(site.name))
+        # Beside h the operation needs x Wᵀ at most, which stands for x, with I for W. V is not
+        # read: Uᵀ has its shape.
+        if recipe.needs_weight:
+            rows, weight = x.times(site.weight.T), torch.eye(site.d_out).to(site.weight)
+        else:
+            rows, weight = inner.new_empty(site.d_out).expand(*x.shape[:-1], site.d_out), None
+        return ops.component_linear(
+            rows, U.T, U, recipe, weight=weight, bias=site.bias, inner=inner,
+            backend=self.backend, site_name=site.name,
+        )  # fmt: skip
+
+    def _masked_writing(
+        self, site: Site, x: Tensor, recipe: MaskRecipe, inner: Tensor | None
+    ) -> Factored:
+        """A masked site that writes to a stream, y = a U + (δ̃ x) Wᵀ: a is a recipe as its mask is,
+        so whoever reads y M has the operation compute it with U M in place of U."""
+        V, U, C = self.V(site.name), self.U(site.name), site.components
+
+        def masked_sum(M: Tensor | None) -> Tensor:
+            to = U if M is None else U @ M
+            nothing = x.new_zeros(to.shape[1], site.d_in) if recipe.needs_weight else None
+            return ops.component_linear(
+                x, V, to, recipe, weight=nothing, inner=inner,
+                backend=self.backend, site_name=site.name,
+            )  # fmt: skip
+
+        shape = torch.Size((*x.shape[:-1], site.d_out))
+        if not recipe.needs_weight:
+            return Factored(shape, sums=(masked_sum,))
+        passed = x * recipe.passed(C, x.shape[:-1], x.dtype)[..., None]
+        return Factored(shape, (Product(passed, site.weight.T),), (masked_sum,))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write V, U and the importance functions (never the target) into ``folder``."""
@@ -566,6 +653,16 @@ def _by_rows(
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _factored(W: Tensor) -> Forward:
+    """x Wᵀ as a product that is not formed."""
+
+    def forward(x: Any) -> Factored:
+        x = dense(x)
+        return Factored(torch.Size((*x.shape[:-1], W.shape[0])), (Product(x, W.T),))
+
+    return forward
 
 
 def _before(masked: Forward, module: Forward) -> Forward:

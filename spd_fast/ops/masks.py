@@ -49,6 +49,20 @@ class MaskRecipe:
         """Whether the site's original weight takes part in the masked output."""
         return self.routing is not None or (self.delta is not None and self.delta is not False)
 
+    def passed(self, components: int, positions: torch.Size, dtype: torch.dtype) -> Tensor:
+        """δ̃ [...] of a recipe that needs the weight: δ where routed, else 1."""
+        delta: Tensor | None = None
+        if isinstance(self.source, RandomSource) and self.delta is True:
+            rows = positions.numel()
+            delta = delta_source(self.source, rows, components, dtype).reshape(positions)
+        elif isinstance(self.delta, Tensor):
+            delta = self.delta
+        if self.routing is None:
+            assert delta is not None
+            return delta
+        one = torch.ones((), dtype=dtype, device=self.routing.device)
+        return torch.where(self.routing, torch.zeros_like(one) if delta is None else delta, one)
+
 
 def component_source(
     source: RandomSource, rows: int, columns: int, dtype: torch.dtype = torch.float32

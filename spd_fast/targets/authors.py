@@ -47,7 +47,7 @@ def _resid_mlp(state: Mapping[str, Tensor]) -> tuple[nn.Module, ToyConfig]:
         raise UserError("the run's residual MLP does not unembed with W_Eᵀ: name its target")
     target = ResidMLP(features, d_embed, d_mlp, layers, seed=0)
     own = {n: t for n, t in state.items() if n not in ("W_E", "W_U")}
-    target.load_state_dict({"embedding.W_E": state["W_E"], **own})
+    target.load_state_dict({"embedding.weight": state["W_E"].T, **own})
     config = ResidMLPTarget(features=features, d_embed=d_embed, d_mlp=d_mlp, layers=layers)
     return target, config
 

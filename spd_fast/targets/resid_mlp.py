@@ -25,30 +25,24 @@ class _Layer(nn.Module):
         return self.mlp_out(F.relu(self.mlp_in(x)))
 
 
-class _Embedding(nn.Module):
-    """The fixed W_E. A module of its own, so that its output is computed once a step."""
-
-    W_E: Tensor
-
-    def __init__(self, W_E: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("W_E", W_E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.W_E
-
-
 class ResidMLP(nn.Module):
     """x → x W_E → residual stream with L blocks → W_U = W_Eᵀ.
 
     W_E [features, d_embed] has unit Gaussian rows and is fixed; d_mlp is per layer.
     """
 
+    # The stream is only read by matrices and added to (spd_fast.model.factored).
+    factored_stream = True
+
     def __init__(self, features: int, d_embed: int, d_mlp: int, layers: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise target"))
         embedding = torch.randn(features, d_embed, generator=generator)
-        self.embedding = _Embedding(embedding / embedding.norm(dim=1, keepdim=True))
+        # A module of its own, so that its output is computed once a step.
+        self.embedding = nn.Linear(features, d_embed, bias=False)
+        self.embedding.weight = nn.Parameter(
+            (embedding / embedding.norm(dim=1, keepdim=True)).T, requires_grad=False
+        )
         blocks = [_Layer(d_embed, d_mlp) for _ in range(layers)]
         self.layers = nn.ModuleList(blocks)
         with torch.no_grad():
@@ -57,11 +51,16 @@ class ResidMLP(nn.Module):
                     std = math.sqrt(2 / (linear.in_features + linear.out_features))
                     linear.weight.normal_(0, std, generator=generator)
 
+    @property
+    def W_E(self) -> Tensor:
+        """[features, d_embed]."""
+        return self.embedding.weight.T
+
     def forward(self, x: Tensor) -> Tensor:
         residual = self.embedding(x)
         for layer in self.layers:
             residual = residual + layer(residual)
-        return residual @ self.embedding.W_E.T
+        return residual @ self.embedding.weight
 
 
 def train_resid_mlp(

@@ -24,6 +24,10 @@ When the masked forwards' backwards are done and those of the gates begin:
 - scratch: 3 N of the largest C, and two activations of the widest matrix; where gates' hidden
   layers are formed, four of a part of the rows at embeddings, two and a half elsewhere.
 
+A stream that is kept factored (:mod:`spd_fast.model.factored`) is as wide as its factors' rows; the
+gradient of h is then there as well when the gates' backwards begin, N C more, for masked sums are
+computed where they are read. The first forward alone forms it, 3 N of its width.
+
 With activation checkpointing no activations are kept, but one masked forward's come back in the
 backward, where several losses have all else of the second moment in memory already.
 
@@ -72,6 +76,8 @@ COMPOSED_GELUS = ("NewGELUActivation", "FastGELUActivation")
 WIDTHS_KEPT, LOGITS_KEPT, GELU_KEPT, ONE_SITE = 1.25, 2.0, 4.0, 3 / 8
 # A gate's hidden layer that is formed is in memory so many times in its backward.
 HIDDEN_OF_EMBEDDING, HIDDEN = 4.0, 2.5
+# The first forward looks at the target's modules, and forms a factored stream so many times.
+STREAM_FORMED = 3.0
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,19 @@ def _ascents(config: TrainConfig, sites: int) -> tuple[int, int]:
     return whole, single
 
 
+def _width(model: DecomposedModel) -> Callable[[int], int]:
+    """What a width counts as: that of a factored stream as its factors' rows together."""
+    widening = model.widening().values()
+    rows = sum(W.shape[1] for W in widening)
+    streams = {W.shape[0] for W in widening}
+    return lambda d: min(rows, d) if d in streams else d
+
+
+def _stream(model: DecomposedModel) -> int:
+    """Width of a factored stream; 0 where there is none."""
+    return max((W.shape[0] for W in model.widening().values()), default=0)
+
+
 def _matrices(target: nn.Module) -> list[tuple[int, int]]:
     """(d_in, d_out) of every matrix of the target, also of one that no site can be; a table has
     d_in 0."""
@@ -234,19 +253,25 @@ def _memory(
     target = sum({t.data_ptr(): t.nbytes for t in model.target.state_dict().values()}.values())
     vectors = sum(p.numel() for p in model.components.parameters())
     before = trained if config.accumulation > 1 else 0
+    width = _width(model)
     clean, masked = _activations(
-        model.target, float(sum(s.d_in for s in sites if s.kind != "embedding"))
+        model.target, float(sum(width(s.d_in) for s in sites if s.kind != "embedding"))
     )
     kept = 0.0 if config.activation_checkpointing else masked * (whole + ONE_SITE * single)
     again = masked * (1.0 if whole else ONE_SITE) if whole + single > 1 else 0.0
     held, gradient = _importances(model, config, backend, N)
-    wide = 2.0 * max(max(m) for m in _matrices(model.target))
+    stream = _stream(model)
+    if stream and whole:
+        gradient *= 2
+    wide = 2.0 * max(width(d) for m in _matrices(model.target) for d in m)
     tiles = (3 * max(s.components for s in sites) + wide) * N
     # Numbers of importances, of activations or gradients, and of scratch.
     moments = [
         (held, (clean + kept) * N + before, wide * N),
         (held + gradient, clean * N + vectors + before, tiles + _hidden_layers(model, config, N)),
     ]
+    if stream:
+        moments.append((0.0, STREAM_FORMED * N * stream, 0.0))
     if config.activation_checkpointing:
         moments.append((held + gradient, (clean + again) * N + vectors + before, wide * N))
     importances, activations, scratch = max(moments, key=sum)
@@ -283,10 +308,12 @@ def make_plan(
     hidden = max(model.options["ci_hidden"], default=0)
     gates = [m for m in model.ci_fns.values() if isinstance(m, MLPGate)]
     memory = _memory(model, config, backend, N, (whole, single, adversarial))
+    width = _width(model)
     product = sum(
-        s.components * ((0 if s.kind == "embedding" else s.d_in) + s.d_out) for s in sites
+        s.components * ((0 if s.kind == "embedding" else width(s.d_in)) + width(s.d_out))
+        for s in sites
     )
-    own = sum(a * b for a, b in matrices)
+    own = sum(width(a) * width(b) for a, b in matrices)
     # A site masked once: 6 N C (d_in + d_out); alone, half of the target runs before and behind it.
     share = whole + (single / len(sites))
     flops = 6.0 * positions * product * share + 4.0 * positions * own * (whole + single / 2)

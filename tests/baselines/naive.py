@@ -53,7 +53,7 @@ def by_hand(target: nn.Module, x: Tensor, linear: Linear) -> Tensor:
         for i in range(len(target.hidden_layers)):
             h = linear(f"hidden_layers.{i}", h)
         return F.relu(linear("linear2", h))
-    W_E = target.embedding.W_E
+    W_E = target.W_E
     residual = x @ W_E
     for i in range(len(target.layers)):
         hidden = F.relu(linear(f"layers.{i}.mlp_in", residual))

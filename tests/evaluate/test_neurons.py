@@ -23,7 +23,7 @@ def solved():
     target = ResidMLP(3, 3, 4, 2, 0)
     model = DecomposedModel(target, {"layers.*.mlp_in": 5, "layers.*.mlp_out": 4}, ci_fn="linear")
     with torch.no_grad():
-        target.embedding.W_E.copy_(torch.eye(3))
+        target.W_E.copy_(torch.eye(3))
         for i, layer in enumerate(target.layers):
             layer.mlp_out.weight.copy_(layer.mlp_in.weight.T)
             model.V(f"layers.{i}.mlp_in").copy_(torch.eye(3, 5))
@@ -37,7 +37,7 @@ def solved():
 
 def test_the_targets_contributions_are_the_formula():
     model = decomposed()
-    W_E = model.target.embedding.W_E.double()
+    W_E = model.target.W_E.double()
     found = neuron_contributions(model).target
     assert found.shape == (LAYERS, FEATURES, MLP)
     for layer in range(LAYERS):
@@ -51,7 +51,7 @@ def test_the_targets_contributions_are_the_formula():
 
 def test_the_components_contributions_are_the_formula():
     model = decomposed(seed=3)
-    W_E = model.target.embedding.W_E.double()
+    W_E = model.target.W_E.double()
     found = neuron_contributions(model)
     for layer in range(LAYERS):
         V, U = (p(f"layers.{layer}.mlp_in").double() for p in (model.V, model.U))

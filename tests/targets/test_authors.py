@@ -34,7 +34,7 @@ def of_tms(**options):
 def target_state(model, network):
     state = network.state_dict()
     if isinstance(network, ResidMLP):
-        embedding = state.pop("embedding.W_E")
+        embedding = state.pop("embedding.weight").T
         state |= {"W_E": embedding, "W_U": embedding.T.clone()}
     return {f"target_model.{n}": t for n, t in state.items()}
 

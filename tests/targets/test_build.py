@@ -36,7 +36,7 @@ def test_the_kind_decides_the_network():
     assert isinstance(tms, TMS)
     assert (tms.linear1.in_features, tms.linear1.out_features, len(tms.hidden_layers)) == (5, 2, 1)
     assert isinstance(mlp, ResidMLP)
-    assert (mlp.embedding.W_E.shape, len(mlp.layers)) == ((4, 9), 2)
+    assert (mlp.W_E.shape, len(mlp.layers)) == ((4, 9), 2)
 
 
 @pytest.mark.parametrize(("config", "low"), [(TMS_CONFIG, 0.0), (MLP_CONFIG, -1.0)])

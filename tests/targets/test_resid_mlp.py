@@ -19,7 +19,7 @@ def model(layers=2, seed=0):
 
 def test_the_forward_is_a_residual_stream_between_embedding_and_its_transpose():
     net, x = model(), DATA(0)
-    W_E = net.embedding.W_E
+    W_E = net.W_E
     stream = x @ W_E
     for layer in net.layers:
         hidden = torch.relu(stream @ layer.mlp_in.weight.T)
@@ -28,7 +28,7 @@ def test_the_forward_is_a_residual_stream_between_embedding_and_its_transpose():
 
 
 def test_embedding_rows_have_length_one():
-    norms = model().embedding.W_E.norm(dim=1)
+    norms = model().W_E.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
@@ -62,7 +62,7 @@ def test_the_first_loss_is_the_error_against_x_plus_relu_x():
 
 def test_the_embedding_stays_fixed():
     net, _ = train(steps=5)
-    assert torch.equal(net.embedding.W_E, model().embedding.W_E)
+    assert torch.equal(net.W_E, model().W_E)
 
 
 def test_a_trained_target_is_frozen():

@@ -1,0 +1,220 @@
+"""A residual stream that is kept as its factors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spd_fast import ops
+from spd_fast.losses import LOSSES, Step
+from spd_fast.model import DecomposedModel, Stochastic
+from spd_fast.model.factored import Factored, Product
+from spd_fast.ops import Penalty, make_key
+from spd_fast.targets import ResidMLP
+from tests.checks import normal
+from tests.conftest import needs_extension
+
+N, FEATURES, WIDTH, NEURONS, C = 23, 5, 24, 4, 7
+SITES = {"layers.*.mlp_in": C, "layers.*.mlp_out": C}
+
+
+def example():
+    """A sum of a product and a masked sum, and the tensor that it is."""
+    z, B, a, U = normal(1, 3, 2), normal(2, 2, 6), normal(3, 3, 2), normal(4, 2, 6)
+    z.requires_grad_(True)
+    held = Factored(torch.Size((3, 6)), (Product(z, B),))
+    written = Factored(torch.Size((3, 6)), sums=(lambda M: a @ (U if M is None else U @ M),))
+    return held + written, z @ B + a @ U
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x @ normal(5, 6, 4),
+        lambda x: F.linear(x, normal(5, 4, 6)),
+        lambda x: F.linear(x, normal(5, 4, 6), normal(6, 4)),
+        lambda x: F.linear(x, weight=normal(5, 4, 6), bias=normal(6, 4)),
+        lambda x: torch.nn.Identity()(x) * 2 - 1,
+        lambda x: x + normal(5, 3, 6),
+        lambda x: normal(5, 3, 6) + x,
+        lambda x: normal(5, 3, 6) - x,
+        lambda x: torch.relu(x),
+        lambda x: torch.cat([x[0], x[1]]),
+        lambda x: x.mean(dim=-1),
+        lambda x: x.T @ normal(5, 3, 4),
+        lambda x: x @ normal(5, 6),
+    ],
+)
+def test_whatever_is_done_with_it_is_done_with_the_tensor_it_stands_for(use):
+    factored, tensor = example()
+    torch.testing.assert_close(use(factored), use(tensor))
+
+
+def test_a_product_without_gradient_is_kept_until_its_matrix_changes():
+    product, M = Product(normal(1, 3, 2), normal(2, 2, 6)), normal(3, 6, 4)
+    first = product.times(M.T.T)
+    assert product.times(M) is first
+    M.mul_(2)
+    torch.testing.assert_close(product.times(M), 2 * first)
+
+
+def test_a_product_with_a_gradient_is_made_anew():
+    product, M = Product(normal(1, 3, 2), normal(2, 2, 6)), normal(3, 6, 4).requires_grad_(True)
+    assert product.times(M) is not product.times(M)
+
+
+def model(factored=True, backend="cpu", **options):
+    target = ResidMLP(FEATURES, WIDTH, NEURONS, 2, 0).double()
+    target.factored_stream = factored
+    return DecomposedModel(target, SITES, ci_hidden=(3,), backend=backend, **options)
+
+
+BATCH = normal(9, N, FEATURES)
+
+
+def step_of(made, loss, binomial=False, **options):
+    clean = made.clean_forward(BATCH)
+    importances = made.causal_importances(clean, Penalty("lp", 1.0))
+    return Step(
+        made, BATCH, clean, importances, make_key(3, 4), binomial=binomial,
+        options={loss: options["routing"]} if "routing" in options else {},
+    )  # fmt: skip
+
+
+def gradients(made, output):
+    output.backward()
+    return {n: p.grad for n, p in made.named_parameters()}
+
+
+@needs_extension
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize(
+    ("delta", "routed", "binomial", "known"), list(itertools.product(*4 * [[False, True]]))
+)
+def test_masked_forwards_and_gradients_are_the_references(factored, delta, routed, binomial, known):
+    routing = {"layers.0.mlp_out": normal(2, N) > 0, "layers.1.mlp_in": normal(3, N) > 0}
+    found = []
+    for backend in ("cpu", "reference"):
+        made = model(factored, backend, delta=delta)
+        clean = made.clean_forward(BATCH)
+        importances = made.causal_importances(clean)
+        masking = Stochastic(
+            importances, make_key(3, 4), delta=delta, binomial=binomial,
+            routing=routing if routed else {},
+        )  # fmt: skip
+        reuse = {"clean": clean, "importances": importances} if known else {}
+        output = made.masked_forward(BATCH, masking, **reuse)
+        found.append((output, gradients(made, output.square().sum())))
+    (ours, mine), (reference, its) = found
+    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
+    for name, gradient in its.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+@needs_extension
+@pytest.mark.parametrize("loss", [n for n in LOSSES if "pgd" not in n])
+def test_every_loss_is_the_references(loss):
+    options = {"routing": ops_routing()} if "subset" in loss else {}
+    ours, reference = (
+        LOSSES[loss](step_of(model(backend=b, delta=True), loss, **options))
+        for b in ("cpu", "reference")
+    )
+    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-14)
+
+
+def ops_routing():
+    from spd_fast.losses import Routing
+
+    return Routing()
+
+
+@needs_extension
+def test_no_tensor_of_the_streams_width_is_formed_in_a_step(monkeypatch):
+    made = model(delta=True)
+    made.clean_forward(BATCH)  # the first one also looks at the target's modules
+
+    def forbidden(self):
+        raise AssertionError("formed")
+
+    monkeypatch.setattr(Factored, "dense", forbidden)
+    step = step_of(made, "stochastic_recon")
+    total = sum(LOSSES[n](step) for n in ("stochastic_recon", "stochastic_recon_layerwise"))
+    gradients(made, total + step.importances["layers.0.mlp_in"].penalty_sum.sum())
+
+
+@needs_extension
+def test_the_first_clean_forward_has_the_bits_of_the_later_ones():
+    made = model()
+    first, second = (made.clean_forward(BATCH) for _ in range(2))
+    assert torch.equal(first.output, second.output)
+    for name in made.sites:
+        assert torch.equal(first.inputs[name], second.inputs[name])
+
+
+@needs_extension
+def test_site_inputs_are_the_targets_own():
+    ours, reference = (model(backend=b).clean_forward(BATCH) for b in ("cpu", "reference"))
+    torch.testing.assert_close(dict(ours.inputs), dict(reference.inputs))
+
+
+@needs_extension
+def test_other_importance_functions_see_the_tensor():
+    for kind in ("vector_mlp", "shared_mlp", "global_mlp"):
+        lower = []
+        for backend in ("cpu", "reference"):
+            made = model(backend=backend, ci_fn=kind)
+            found = made.causal_importances(made.clean_forward(BATCH))
+            lower.append(found["layers.1.mlp_in"].lower)
+        torch.testing.assert_close(*lower)
+
+
+@needs_extension
+def test_active_components_are_counted_from_the_factors():
+    counts = [
+        model(backend=b).active_counts(model(backend=b).clean_forward(BATCH), 0.1)
+        for b in ("cpu", "reference")
+    ]
+    assert all(torch.equal(counts[0][n], counts[1][n]) for n in counts[0])
+    assert sum(int(c.sum()) for c in counts[0].values()) > 0
+
+
+def test_a_target_that_does_not_ask_for_it_gets_tensors():
+    clean = model(factored=False).clean_forward(BATCH)
+    assert all(isinstance(x, torch.Tensor) for x in clean.inputs.held.values())
+
+
+def test_the_reference_is_plain():
+    clean = model(backend="reference").clean_forward(BATCH)
+    assert all(isinstance(x, torch.Tensor) for x in clean.inputs.held.values())
+
+
+@needs_extension
+def test_shapes_and_modules_of_sequences_are_kept():
+    made = model()
+    batch = BATCH[:20].reshape(4, 5, FEATURES)
+    clean = made.clean_forward(batch)
+    importances = made.causal_importances(clean)
+    masking = Stochastic(importances, make_key(0, 0), delta=False)
+    flat = made.masked_forward(BATCH[:20], Stochastic(
+        made.causal_importances(made.clean_forward(BATCH[:20])), make_key(0, 0)
+    ))  # fmt: skip
+    torch.testing.assert_close(made.masked_forward(batch, masking).flatten(0, 1), flat)
+
+
+@needs_extension
+def test_ops_get_factors_no_wider_than_they_need(monkeypatch):
+    """The gate of ``layers.1.mlp_in`` reads features and the first layer's neurons."""
+    widths = []
+    gate = ops.gate
+
+    def seen(x, *args, **kwargs):
+        widths.append(x.shape[-1])
+        return gate(x, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "gate", seen)
+    made = model()
+    made.causal_importances(made.clean_forward(BATCH))
+    assert widths == [FEATURES, NEURONS, FEATURES + NEURONS, NEURONS]
