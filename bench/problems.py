@@ -225,6 +225,7 @@ def step_trainer(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     batch: int | None = None,
+    factored: bool | None = None,
 ) -> Trainer:
     """A trainer at step 0 of an experiment. Its target is freshly initialised, not trained: what a
     step costs does not depend on the target's weights."""
@@ -241,7 +242,7 @@ def step_trainer(
     model = DecomposedModel(
         target, config.sites, ci_fn=config.ci_fn, ci_hidden=config.ci_hidden,
         sigmoid=config.sigmoid, gate_eval=gate_eval, init=config.init, delta=config.delta,
-        seed=SEED, backend="reference" if provider == "compile" else provider,
+        seed=SEED, backend="reference" if provider == "compile" else provider, factored=factored,
     )  # fmt: skip
     size = batch or config.batch_size
     data = targets.feature_data(config.target, size, SEED, "decompose", device)

@@ -2,7 +2,8 @@
 
 The required flops are those of the matrix products of DESIGN §2; everything else must hide behind
 them. For an operation they are written down in the registry; for a training step they are the ones
-that the reference executes.
+that the reference executes where it keeps residual streams as their factors, which it does not when
+it is timed.
 """
 
 from __future__ import annotations

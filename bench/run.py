@@ -30,8 +30,15 @@ import torch
 
 from bench import memory
 from bench.machine import ROOT, machine
-from bench.problems import INTERPOLATED, PROVIDERS, Problem, prepare, unavailable_reason
-from bench.products import bare_products, flops, matmul_peak, record, required
+from bench.problems import (
+    INTERPOLATED,
+    PROVIDERS,
+    Problem,
+    prepare,
+    step_trainer,
+    unavailable_reason,
+)
+from bench.products import Product, bare_products, flops, matmul_peak, record, required
 from bench.registry import CPU, OperationWorkload, StepWorkload, Workload, select
 from bench.verify import compare, first_results, shared_tensors, truth, yardstick
 from spd_fast import _extension
@@ -152,18 +159,17 @@ def measure_workload(
     problems: dict[str, Problem] = {}
     results: dict[str, Result] = {}
     eager = None
-    products = required(workload) if isinstance(workload, OperationWorkload) else None
+    if isinstance(workload, OperationWorkload):
+        products = required(workload)
+    else:
+        products = _step_products(workload)
     for provider in ["reference", *(p for p in providers if p != "reference")]:
         result = results[provider] = Result(workload, provider)
         say(f"checking {provider}")
         try:
             begin = time.perf_counter()
             problem = prepare(workload, provider, tensors=tensors)
-            if provider == "reference" and products is None:
-                products = record(problem.call)
-                got = {name: t.detach().clone() for name, t in problem.results().items()}
-            else:
-                got = first_results(problem)
+            got = first_results(problem)
             problem.clear()
             result.first_call_s = time.perf_counter() - begin
         except Exception as error:  # one provider must not take the others' numbers with it
@@ -187,7 +193,6 @@ def measure_workload(
             continue
         problems[provider] = problem
     del exact, eager, got
-    assert products is not None
     calls = {name: problem.call for name, problem in problems.items()}
     calls[PRODUCTS] = bare_products(products, workload.dtype, workload.device)
     results[PRODUCTS] = Result(workload, PRODUCTS)
@@ -205,6 +210,12 @@ def measure_workload(
                 print(f"memory of {provider} on {workload.name}: {error}", file=sys.stderr)
     _derive(results, flops(products))
     return list(results.values())
+
+
+def _step_products(workload: StepWorkload) -> list[Product]:
+    trainer = step_trainer(workload.experiment, "reference", batch=workload.batch, factored=True)
+    trainer.train_step(0)  # the first forward also looks at the target's modules
+    return record(lambda: trainer.train_step(1))
 
 
 def _derive(results: dict[str, Result], required_flops: int) -> None:

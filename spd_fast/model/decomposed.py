@@ -133,6 +133,9 @@ class DecomposedModel(SiteModel):
             argument and a mapping its keyword arguments.
         seed: of the initialisation.
         backend: who computes the operations.
+        factored: whether a residual stream is kept as its factors
+            (:mod:`spd_fast.model.factored`); None: where the target asks for it
+            (``factored_stream``), on a CPU and not on ``reference``, which stays plain.
 
     Raises:
         UserError: a site pattern without match, a module that cannot be decomposed, C < 1, unknown
@@ -158,6 +161,7 @@ class DecomposedModel(SiteModel):
         adapter: Callable[[nn.Module, Any], Any] | None = None,
         seed: int = 0,
         backend: str | None = None,
+        factored: bool | None = None,
     ) -> None:
         super().__init__()
         check_sigmoid(sigmoid)
@@ -182,6 +186,7 @@ class DecomposedModel(SiteModel):
         }
         self.delta = delta
         self.backend = backend
+        self.factored = factored
         self._prefixes: dict[str, tuple[str, ...]] | None = None  # known after the first forward
         self.components = _BySite()
         self.ci_fns = _BySite()
@@ -291,18 +296,22 @@ class DecomposedModel(SiteModel):
 
         return captured
 
-    def widening(self) -> dict[str, Tensor]:
-        """Path → W [d_out, d_in] of the modules that write to a factored stream; none where the
-        target does not ask for one (``factored_stream``), nor on a GPU, where a step of such a
-        network is as long as its launches. The reference stays plain."""
-        if not getattr(self.target, "factored_stream", False):
-            return {}
+    def _factors(self) -> bool:
+        if self.factored is not None:
+            return self.factored
         device = next(iter(self.sites.values())).weight.device
-        if (
-            device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-            or backends.name_for(self.backend, device) == "reference"
-        ):
+        return (
+            getattr(self.target, "factored_stream", False)
+            # On a GPU a step of such a network is as long as its launches.
+            and device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and backends.name_for(self.backend, device) != "reference"
+        )
+
+    def widening(self) -> dict[str, Tensor]:
+        """Path → W [d_out, d_in] of the modules that write to a factored stream; none where no
+        stream is kept factored."""
+        if not self._factors():
             return {}
         found: dict[str, Tensor] = {}
         for path, module in self._submodules.items():

@@ -17,6 +17,7 @@ from bench.registry import (
     StepWorkload,
     select,
 )
+from bench.run import _step_products
 from spd_fast.experiments.recipes import recipes
 
 SHAPE = Shape(N=7, d_in=3, d_out=5, C=11, hidden=2)
@@ -84,6 +85,13 @@ def test_the_reference_executes_the_required_products_and_no_others(
     executed = record(prepare(workload, "reference").call)
     assert flops(executed) == flops(required(workload))
     assert len(executed) == len(required(workload))
+
+
+def test_a_step_requires_no_product_of_the_streams_width_and_all_rows() -> None:
+    rows, width = 16, 1000
+    products = _step_products(StepWorkload("resid_mlp1", experiment="resid_mlp1", batch=rows))
+    assert any(width in (p.m, p.k, p.n) for p in products)
+    assert not any(rows in (p.m, p.k, p.n) and width in (p.m, p.k, p.n) for p in products)
 
 
 def test_bare_products_run() -> None:

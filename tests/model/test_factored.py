@@ -66,10 +66,12 @@ def test_a_product_with_a_gradient_is_made_anew():
     assert product.times(M) is not product.times(M)
 
 
-def model(factored=True, backend="cpu", **options):
+def model(factored=True, backend="cpu", wanted=None, **options):
     target = ResidMLP(FEATURES, WIDTH, NEURONS, 2, 0).double()
     target.factored_stream = factored
-    return DecomposedModel(target, SITES, ci_hidden=(3,), backend=backend, **options)
+    return DecomposedModel(
+        target, SITES, ci_hidden=(3,), backend=backend, factored=wanted, **options
+    )
 
 
 BATCH = normal(9, N, FEATURES)
@@ -218,3 +220,11 @@ def test_ops_get_factors_no_wider_than_they_need(monkeypatch):
     made = model()
     made.causal_importances(made.clean_forward(BATCH))
     assert widths == [FEATURES, NEURONS, FEATURES + NEURONS, NEURONS]
+
+
+def test_it_can_be_asked_for_anywhere_and_forbidden_everywhere():
+    def held(**options):
+        return list(model(**options).clean_forward(BATCH).inputs.held.values())
+
+    assert any(isinstance(x, Factored) for x in held(backend="reference", wanted=True))
+    assert not any(isinstance(x, Factored) for x in held(backend="auto", wanted=False))
