@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd_fast._adamw import adamw
 from spd_fast._seeds import mixed_seed
 from spd_fast.targets.data import SparseFeatures
 
@@ -17,6 +19,9 @@ PROBE = 0.75
 # A start that has lost a feature after this fraction of the steps does not find it again: its
 # output is a dead ReLU, without a gradient.
 CHECK_AFTER = 0.2
+# Up to so many numbers a batch torch's elementwise passes take one thread (its GRAIN_SIZE), and its
+# matrix products lose more by sharing the work than they gain.
+SMALL_BATCH = 2**15
 
 
 class TMS(nn.Module):
@@ -84,23 +89,36 @@ def train_tms(
         the loss at every hundredth of the way.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise target"))
-    for start in range(starts):
-        _initialise(model, zero_bias, generator)
-        losses = []
-        for step, loss in _descend(model, data, steps, lr, weight_decay):
-            if step % max(steps // 100, 1) == 0 or step == steps - 1:
-                losses.append(loss.item())
-            if progress is not None:
-                progress(step + 1)
-            if step + 1 == max(int(CHECK_AFTER * steps), 1) and start + 1 < starts:
-                device = model.linear1.weight.device
-                if not all(represented_features(model, model.linear1.in_features, device)):
-                    break
-        else:
-            break
+    small = data.batch_size * data.features <= SMALL_BATCH
+    with _threads(1 if small else torch.get_num_threads()):
+        for start in range(starts):
+            _initialise(model, zero_bias, generator)
+            losses = []
+            for step, loss in _descend(model, data, steps, lr, weight_decay):
+                if step % max(steps // 100, 1) == 0 or step == steps - 1:
+                    losses.append(loss.item())
+                if progress is not None:
+                    progress(step + 1)
+                if step + 1 == max(int(CHECK_AFTER * steps), 1) and start + 1 < starts:
+                    device = model.linear1.weight.device
+                    if not all(represented_features(model, model.linear1.in_features, device)):
+                        break
+            else:
+                break
     model.requires_grad_(False)
     model.tie()
     return losses
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch on so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _initialise(model: TMS, zero_bias: bool, generator: torch.Generator) -> None:
@@ -118,7 +136,7 @@ def _descend(
     model: TMS, data: SparseFeatures, steps: int, lr: float, weight_decay: float
 ) -> Iterator[tuple[int, Tensor]]:
     W, b = model.linear1.weight.requires_grad_(True), model.linear2.bias.requires_grad_(True)
-    optimizer = torch.optim.AdamW([W, b], lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = adamw([[W, b]], lr, weight_decay)
     for step in range(steps):
         x = data(step)
         loss = F.mse_loss(F.relu(F.linear(F.linear(x, W), W.T, b)), x.abs())

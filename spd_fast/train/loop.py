@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spd_fast._adamw import adamw
 from spd_fast._files import write_bytes
 from spd_fast.errors import Diverged, UserError
 from spd_fast.model.sites import SiteModel
@@ -78,7 +79,7 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
         self.step = 0
         self._looked_at = 0  # the last step known to have gone well
         self.coefficients = losses.coefficients()
-        self.optimizer = self._adamw(self.groups(), config.lr, 0.0)
+        self.optimizer = adamw(self.groups(), config.lr, 0.0)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._weights: dict[str, tuple[float, Tensor]] = {}
@@ -94,13 +95,6 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             tensor = torch.tensor(value, device=self.device, dtype=self.dtype)
             held = self._weights[loss] = (value, tensor)
         return held[1]
-
-    @staticmethod
-    def _adamw(
-        groups: list[list[nn.Parameter]], lr: float, weight_decay: float
-    ) -> torch.optim.AdamW:
-        named: list[dict[str, Any]] = [{"params": group} for group in groups]
-        return torch.optim.AdamW(named, lr=lr, weight_decay=weight_decay, fused=True)
 
     def fit(self, until: int | None = None, label: str = "decompose") -> None:
         """Train from ``self.step`` to step ``until`` (the last one by default), with metrics and

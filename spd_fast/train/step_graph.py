@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from spd_fast._adamw import AdamW
 from spd_fast.errors import UserError
 from spd_fast.ops import make_key
 from spd_fast.ops._fused import before_recording
@@ -49,7 +50,7 @@ class StepGraph(Generic[T]):
     def __init__(
         self,
         update: Callable[[Tensor], T],
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW | torch.optim.Optimizer,
         seed: int,
         device: torch.device,
         record: Record[T] = record_cuda_graph,

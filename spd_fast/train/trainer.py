@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spd_fast._adamw import adamw
 from spd_fast.losses import (
     LOSSES,
     PGD,
@@ -269,7 +270,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
             [p for p in group if id(p) in self._of_components]
             for group in self.model.parameter_groups()
         ]
-        optimizer = self._adamw(groups, warm_up.lr, warm_up.weight_decay)
+        optimizer = adamw(groups, warm_up.lr, warm_up.weight_decay)
         for _ in range(warm_up.steps):
             optimizer.zero_grad(set_to_none=True)
             faithfulness(self.model).backward()
