@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spd_fast._threads import SMALL, one_thread_where
+
 __all__ = ["AdamW", "adamw"]
 
 BETAS = (0.9, 0.999)
@@ -28,6 +30,7 @@ class AdamW:
         self.param_groups: list[dict[str, Any]] = [
             {"params": list(group), "lr": lr, "weight_decay": weight_decay} for group in groups
         ]
+        self._small = sum(p.numel() for group in groups for p in group) <= SMALL
         # Of each parameter, in the order of the groups; empty until its first update.
         self._states: list[list[dict[str, Tensor]]] = [[{} for _ in group] for group in groups]
 
@@ -51,21 +54,23 @@ class AdamW:
                 continue
             steps = [state["step"] for _, _, state in found]
             torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                [parameter for parameter, _, _ in found],
-                [grad for _, grad, _ in found],
-                [state["exp_avg"] for _, _, state in found],
-                [state["exp_avg_sq"] for _, _, state in found],
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                weight_decay=group["weight_decay"],
-                eps=EPS,
-                amsgrad=False,
-                maximize=False,
-            )
+            # The kernel shares out every tensor, however small.
+            with one_thread_where(self._small):
+                torch._fused_adamw_(
+                    [parameter for parameter, _, _ in found],
+                    [grad for _, grad, _ in found],
+                    [state["exp_avg"] for _, _, state in found],
+                    [state["exp_avg_sq"] for _, _, state in found],
+                    [],
+                    steps,
+                    lr=group["lr"],
+                    beta1=BETAS[0],
+                    beta2=BETAS[1],
+                    weight_decay=group["weight_decay"],
+                    eps=EPS,
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """``state``: index of a parameter → ``step``, ``exp_avg``, ``exp_avg_sq``, of those that

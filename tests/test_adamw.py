@@ -113,3 +113,26 @@ def test_a_step_does_not_import_the_compiler():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_small_update_takes_one_thread_and_leaves_torchs_threads_alone(monkeypatch):
+    seen = []
+    update = torch._fused_adamw_
+
+    def observed(*args, **options):
+        seen.append(torch.get_num_threads())
+        update(*args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", observed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for size in (10, 2**16):
+            p = torch.nn.Parameter(torch.zeros(size))
+            optimizer = adamw([[p]], 0.01, 0.0)
+            p.grad = torch.ones(size)
+            optimizer.step()
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd_fast._adamw import adamw
 from spd_fast._seeds import mixed_seed
 from spd_fast.targets.data import SparseFeatures
 
@@ -78,7 +79,7 @@ def train_resid_mlp(
     hundredth of the way.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = adamw([parameters], lr, weight_decay)
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:

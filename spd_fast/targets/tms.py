@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from spd_fast._adamw import adamw
 from spd_fast._seeds import mixed_seed
+from spd_fast._threads import SMALL, one_thread_where
 from spd_fast.targets.data import SparseFeatures
 
 __all__ = ["PROBE", "TMS", "represented_features", "train_tms"]
@@ -19,9 +19,6 @@ PROBE = 0.75
 # A start that has lost a feature after this fraction of the steps does not find it again: its
 # output is a dead ReLU, without a gradient.
 CHECK_AFTER = 0.2
-# Up to so many numbers a batch torch's elementwise passes take one thread (its GRAIN_SIZE), and its
-# matrix products lose more by sharing the work than they gain.
-SMALL_BATCH = 2**15
 
 
 class TMS(nn.Module):
@@ -89,8 +86,7 @@ def train_tms(
         the loss at every hundredth of the way.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise target"))
-    small = data.batch_size * data.features <= SMALL_BATCH
-    with _threads(1 if small else torch.get_num_threads()):
+    with one_thread_where(data.batch_size * data.features <= SMALL):
         for start in range(starts):
             _initialise(model, zero_bias, generator)
             losses = []
@@ -108,17 +104,6 @@ def train_tms(
     model.requires_grad_(False)
     model.tie()
     return losses
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch on so many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _initialise(model: TMS, zero_bias: bool, generator: torch.Generator) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from spd_fast._adamw import AdamW
 from spd_fast.targets import ResidMLP, SparseFeatures
 from spd_fast.targets.resid_mlp import train_resid_mlp
 
@@ -72,13 +73,13 @@ def test_a_trained_target_is_frozen():
 
 def test_the_learning_rate_is_a_half_wave(monkeypatch):
     rates = []
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
     def recorded(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    monkeypatch.setattr(AdamW, "step", recorded)
     train(steps=5)
     assert rates == pytest.approx([1e-2 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)])
 
