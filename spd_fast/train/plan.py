@@ -270,8 +270,8 @@ def _memory(
         (held, (clean + kept) * N + before, wide * N),
         (held + gradient, clean * N + vectors + before, tiles + _hidden_layers(model, config, N)),
     ]
-    if stream:
-        moments.append((0.0, STREAM_FORMED * N * stream, 0.0))
+    if stream:  # at the first step, when there are no moments of Adam yet
+        moments.append((0.0, STREAM_FORMED * N * stream - 2 * trained, 0.0))
     if config.activation_checkpointing:
         moments.append((held + gradient, (clean + again) * N + vectors + before, wide * N))
     importances, activations, scratch = max(moments, key=sum)
