@@ -20,14 +20,31 @@ pytestmark = needs_extension
 TIED = {"linear1": 7, "linear2": 7}
 
 
-def losses_of_a_run(backend: str, preset: str, batch: int, steps: int, **options) -> Tensor:
-    """Every loss [steps, losses] of training on a TMS with tied sites."""
+TOYS = {
+    "tms": {
+        "target": {"kind": "tms", "features": 5, "hidden": 2, "probability": 0.3},
+        "sites": TIED,
+    },
+    "resid_mlp": {
+        "target": {
+            "kind": "resid_mlp", "features": 5, "d_embed": 30, "d_mlp": 4, "layers": 2,
+            "probability": 0.3,
+        },
+        "sites": {"layers.*.mlp_in": 7, "layers.*.mlp_out": 7},
+    },
+}  # fmt: skip
+
+
+def losses_of_a_run(
+    backend: str, preset: str, batch: int, steps: int, toy: str = "tms", **options
+) -> Tensor:
+    """Every loss [steps, losses] of training on an untrained toy: a TMS with tied sites, or a
+    residual MLP whose stream the fused backend keeps as its factors."""
     config = parse_config(
         {
             "name": "toy",
             "preset": preset,
-            "target": {"kind": "tms", "features": 5, "hidden": 2, "probability": 0.3},
-            "sites": TIED,
+            **TOYS[toy],
             "losses": {"importance_minimality": {"coeff": 3e-3, "p": 1}},
             "lr": 1e-3,
             "steps": steps,
@@ -36,8 +53,8 @@ def losses_of_a_run(backend: str, preset: str, batch: int, steps: int, **options
     )
     torch.manual_seed(0)
     model = DecomposedModel(
-        TMS(5, 2), config.sites, ci_hidden=(8,), sigmoid=config.sigmoid, init=config.init,
-        delta=config.delta, backend=backend, **options,
+        targets.make_target(config.target, 0), config.sites, ci_hidden=(8,),
+        sigmoid=config.sigmoid, init=config.init, delta=config.delta, backend=backend, **options,
     )  # fmt: skip
     data = targets.feature_data(config.target, batch, 0, "decompose", "cpu")
     trainer = Trainer(model, config, data, quiet=True)
@@ -46,9 +63,10 @@ def losses_of_a_run(backend: str, preset: str, batch: int, steps: int, **options
     return torch.stack(found).detach()
 
 
+@pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("preset", ["paper", "2026"])
-def test_losses_of_200_steps_are_the_references(preset):
-    ours, reference = (losses_of_a_run(b, preset, 37, 200) for b in ("cpu", "reference"))
+def test_losses_of_200_steps_are_the_references(preset, toy):
+    ours, reference = (losses_of_a_run(b, preset, 37, 200, toy) for b in ("cpu", "reference"))
     assert len(reference) == 200
     assert (reference[-1] < 0.9 * reference[0]).any(), "nothing was learnt"
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-8)
