@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_fast.errors import UserError
+from spd_fast.model.factored import dense
 
 __all__ = ["Caller", "OutputSelector", "select_output"]
 
@@ -86,6 +87,7 @@ def select_output(output: Any, selector: OutputSelector | None) -> Tensor:
                 raise UserError(
                     f"output {selector!r}: the target returns a {kind} without it{_having(output)}"
                 ) from None
+    found = dense(found)
     if isinstance(found, Tensor):
         return found
     if selector is None:

@@ -289,9 +289,11 @@ class DecomposedModel(SiteModel):
                     f"site {site.name!r} takes vectors of width {site.d_in}, got {tuple(x.shape)}"
                 )
             y = forward(*args, **kwargs)
-            if check and site.kind != "identity" and not isinstance(y, Factored):
-                seen = x.first(CHECKED) if isinstance(x, Factored) else x
-                _check_module(site, seen, y if seen is x else y.flatten(0, -2)[:CHECKED])
+            if check and site.kind != "identity":
+                if isinstance(x, Factored) or isinstance(y, Factored):
+                    _check_module(site, _first(x), _first(y))
+                else:
+                    _check_module(site, x, y)
             return y
 
         return captured
@@ -316,7 +318,7 @@ class DecomposedModel(SiteModel):
         found: dict[str, Tensor] = {}
         for path, module in self._submodules.items():
             plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            if plain and module.bias is None:
+            if plain and module.bias is None and "forward" not in module.__dict__:
                 W = module.weight.detach()
                 if W.shape[0] >= WIDENS * W.shape[1]:
                     found[path] = W
@@ -337,7 +339,8 @@ class DecomposedModel(SiteModel):
             return Importances(
                 {n: self._local_importances(s, clean, penalty) for n, s in self.sites.items()}
             )
-        shapes = {n: tuple(s.positions(clean.inputs[n])) for n, s in self.sites.items()}
+        inputs = dict(clean.inputs)
+        shapes = {n: tuple(s.positions(inputs[n])) for n, s in self.sites.items()}
         first = next(iter(shapes))
         for name, shape in shapes.items():
             if shape != shapes[first]:
@@ -346,14 +349,12 @@ class DecomposedModel(SiteModel):
                     f"sees positions {shapes[first]} and {name!r} {shape}: leave one out"
                 )
         inner = {
-            n: self._inner(s, clean.inputs[n])
-            for n, s in self.sites.items()
-            if s.kind == "embedding"
+            n: self._inner(s, inputs[n]) for n, s in self.sites.items() if s.kind == "embedding"
         }
-        logits = network({n: inner.get(n, clean.inputs[n]) for n in self.sites})
+        logits = network({n: inner.get(n, inputs[n]) for n in self.sites})
         return Importances(
             {
-                n: self._from_logits(s, clean.inputs[n], logits[n], inner.get(n), penalty)
+                n: self._from_logits(s, inputs[n], logits[n], inner.get(n), penalty)
                 for n, s in self.sites.items()
             }
         )
@@ -526,12 +527,16 @@ class DecomposedModel(SiteModel):
                     x, self.V(name), self.U(name), masking.recipe(site),
                     weight=site.weight.T, inner=inner, backend=self.backend, site_name=name,
                 )  # fmt: skip
+            recipe = masking.recipe(site)
             if isinstance(x, Factored):
-                return self._masked_reading(site, x, masking.recipe(site), inner)
-            if factors and site.bias is None and site.d_out >= WIDENS * site.components:
-                return self._masked_writing(site, x, masking.recipe(site), inner)
+                # x Wᵀ in place of x pays where it is narrower.
+                if not recipe.needs_weight or site.d_out < site.d_in:
+                    return self._masked_reading(site, x, recipe, inner)
+                x = dense(x)
+            elif factors and site.bias is None and site.d_out >= WIDENS * site.components:
+                return self._masked_writing(site, x, recipe, inner)
             return ops.component_linear(
-                x, self.V(name), self.U(name), masking.recipe(site),
+                x, self.V(name), self.U(name), recipe,
                 weight=site.weight, bias=site.bias, inner=inner,
                 backend=self.backend, site_name=name,
             )  # fmt: skip
@@ -544,7 +549,7 @@ class DecomposedModel(SiteModel):
         """A masked site that reads a factored stream: h = x V and x Wᵀ come from the factors."""
         U = self.U(site.name)
         if inner is None:
-            inner = x.times(self.V(site.name))
+            inner = x.times(self.V(site.name), keep=False)
         # Beside h the operation needs x Wᵀ at most, which stands for x, with I for W. V is not
         # read: Uᵀ has its shape.
         if recipe.needs_weight:
@@ -667,11 +672,18 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 def _factored(W: Tensor) -> Forward:
     """x Wᵀ as a product that is not formed."""
 
-    def forward(x: Any) -> Factored:
-        x = dense(x)
+    def forward(*args: Any, **kwargs: Any) -> Factored:
+        x = dense(_input(args, kwargs))
         return Factored(torch.Size((*x.shape[:-1], W.shape[0])), (Product(x, W.T),))
 
     return forward
+
+
+def _first(x: Any) -> Any:
+    """A vector input or output at the first positions, [CHECKED or fewer, d]."""
+    if isinstance(x, Factored):
+        return x.first(CHECKED)
+    return x.reshape(-1, x.shape[-1])[:CHECKED] if isinstance(x, Tensor) else x
 
 
 def _before(masked: Forward, module: Forward) -> Forward:
