@@ -45,7 +45,7 @@ def importance_l0(model: DecomposedModel, batch: Any, threshold: float) -> dict[
     """Site → mean number of components per position whose lower importance exceeds
     ``threshold``."""
     clean = model.clean_forward(batch)
-    seen = (math.prod(s.positions(clean.inputs[n])) for n, s in model.sites.items())
+    seen = (math.prod(s.positions(clean.inputs.held[n])) for n, s in model.sites.items())
     positions = max(*seen, 1)
     counts = model.active_counts(clean, threshold)
     return {n: (c.sum() / positions).item() for n, c in counts.items()}

@@ -28,7 +28,7 @@ from spd_fast.model.ci_fns import (
     make_global_ci_fn,
 )
 from spd_fast.model.components import Components, Init, TiedComponents
-from spd_fast.model.factored import Factored, Inputs, Product, dense
+from spd_fast.model.factored import Factored, Inputs, Product, dense, version_of
 from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
@@ -248,9 +248,10 @@ class DecomposedModel(SiteModel):
 
         Raises:
             UserError: a site that is not called, is called more than once, receives another width,
-                or computes something else than its weight says; a batch the target cannot take; an
-                output that is no tensor.
+                or computes something else than its weight says; an input of a site that the target
+                writes to afterwards; a batch the target cannot take; an output that is no tensor.
         """
+        first, versions = self._prefixes is None, dict[str, int]()
         before = self._prefixes or prefixes(
             self._submodules,
             {n: s.module for n, s in self.sites.items()},
@@ -264,7 +265,7 @@ class DecomposedModel(SiteModel):
         # The identity at a module's input is called before the module's own site.
         for site in sorted(self.sites.values(), key=lambda s: s.kind == "identity"):
             inside = forwards.get(site.module, self._submodules[site.module].forward)
-            forwards[site.module] = self._capture(site, inside, clean, self._prefixes is None)
+            forwards[site.module] = self._capture(site, inside, clean, versions if first else None)
         with torch.no_grad(), overridden_forwards(self._submodules, forwards):
             clean.output = self.caller.clean(batch)
         if missing := [n for n in self.sites if n not in clean.inputs]:
@@ -272,11 +273,21 @@ class DecomposedModel(SiteModel):
                 f"site {missing[0]!r} is not called in the target's forward: leave it out of "
                 "`sites`"
             )
+        for name, version in versions.items():
+            if version_of(clean.inputs.held[name]) != version:
+                raise UserError(
+                    f"the target writes in place to the input of site {name!r} after the site has "
+                    "read it: leave the site out of `sites`, or let the target make a new tensor"
+                )
         self._prefixes = before
         return clean
 
     @staticmethod
-    def _capture(site: Site, forward: Forward, clean: CleanForward, check: bool) -> Forward:
+    def _capture(
+        site: Site, forward: Forward, clean: CleanForward, versions: dict[str, int] | None
+    ) -> Forward:
+        """``forward``, its input kept; with ``versions``, to be filled, it is also looked at."""
+
         def captured(*args: Any, **kwargs: Any) -> Any:
             if site.name in clean.inputs:
                 raise UserError(
@@ -288,8 +299,10 @@ class DecomposedModel(SiteModel):
                 raise UserError(
                     f"site {site.name!r} takes vectors of width {site.d_in}, got {tuple(x.shape)}"
                 )
+            if versions is not None and not isinstance(x, Factored):
+                versions[site.name] = version_of(x)
             y = forward(*args, **kwargs)
-            if check and site.kind != "identity":
+            if versions is not None and site.kind != "identity":
                 if isinstance(x, Factored) or isinstance(y, Factored):
                     _check_module(site, _first(x), _first(y))
                 else:

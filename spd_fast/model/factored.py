@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spd_fast.errors import UserError
 
-__all__ = ["Factored", "Inputs", "MaskedSum", "Product", "dense"]
+__all__ = ["Factored", "Inputs", "MaskedSum", "Product", "dense", "version_of"]
 
 # y_s M of a masked sum y_s = a U; y_s itself for None.
 MaskedSum = Callable[[Tensor | None], Tensor]
@@ -32,7 +32,7 @@ class Product:
     """rows z [..., r] times a matrix B [r, d]. Neither may be written to while this lives."""
 
     def __init__(self, rows: Tensor, matrix: Tensor) -> None:
-        self._rows, self.matrix, self._since = rows, matrix, _version(rows)
+        self._rows, self.matrix, self._since = rows, matrix, version_of(rows)
         self._known: list[tuple[Tensor, int, Tensor]] = []
 
     @property
@@ -42,7 +42,7 @@ class Product:
         Raises:
             UserError: it was written to.
         """
-        if _version(self._rows) != self._since:
+        if version_of(self._rows) != self._since:
             raise _written("after a layer has read what is written to")
         return self._rows
 
@@ -55,11 +55,11 @@ class Product:
         if not keep or any(t.requires_grad for t in (self.rows, self.matrix, M)):
             return self.rows @ (self.matrix @ M)
         for known, version, result in self._known:
-            if _same_storage(known, M) and version == _version(M):
+            if _same_storage(known, M) and version == version_of(M):
                 return result
         result = self.rows @ (self.matrix @ M)
         # An alias of its own: M may come to hold another storage.
-        self._known.append((M.detach(), _version(M), result))
+        self._known.append((M.detach(), version_of(M), result))
         return result
 
 
@@ -67,7 +67,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _version(M: Tensor) -> int:
+def version_of(M: Tensor) -> int:
     """How often M was written to; tensors of inference mode do not tell."""
     return 0 if M.is_inference() else M._version
 

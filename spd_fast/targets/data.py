@@ -42,6 +42,8 @@ class SparseFeatures:
         generator = torch.Generator(self.device)
         generator.manual_seed(seed)
         shape = (2, self.batch_size, self.features)
-        present, value = torch.rand(shape, generator=generator, device=self.device)
+        present, value = torch.rand(
+            shape, generator=generator, device=self.device, dtype=torch.float32
+        )
         value = value.mul_(self.high - self.low).add_(self.low)
         return value.mul_(present < self.probability)

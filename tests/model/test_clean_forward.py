@@ -149,6 +149,29 @@ def test_a_target_that_returns_no_tensor_is_an_error():
         model.clean_forward(batch(1))
 
 
+def test_an_input_that_is_written_to_after_its_site_is_an_error():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = 2 * x
+            x += self.a(x)
+            return self.b(x)
+
+    model = DecomposedModel(Adds(), {"a": 2, "b": 2}, backend="reference")
+    with pytest.raises(UserError, match="writes in place to the input of site 'a'"):
+        model.clean_forward(torch.randn(2, 3))
+
+
+def test_a_batch_made_in_inference_mode_is_taken():
+    with torch.inference_mode():
+        x = batch(1)
+    model = decomposed()
+    torch.testing.assert_close(model.clean_forward(x).output, model.target(x))
+
+
 def test_an_empty_batch_has_empty_importances():
     model = decomposed()
     ci = model.causal_importances(model.clean_forward(batch(1, 0, 4)))

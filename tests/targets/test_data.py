@@ -68,6 +68,19 @@ def test_global_random_numbers_are_left_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
+@pytest.mark.parametrize("module", [_extension.module, lambda: None])
+def test_it_is_float32_whatever_the_default(module, monkeypatch):
+    monkeypatch.setattr(_extension, "module", module)
+    expected, before = data()(0), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = data()(0)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.skipif(_extension.module() is None, reason="without the C++ extension")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize(
