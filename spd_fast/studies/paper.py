@@ -17,11 +17,12 @@ from spd_fast.experiments import (
     recipe,
     run_grid,
 )
+from spd_fast.experiments.grid import outcomes
 from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.report import write_report
 from spd_fast.studies.importance import IMPORTANCE
 from spd_fast.studies.robustness import ROBUSTNESS
-from spd_fast.studies.scaling import scaling
+from spd_fast.studies.scaling import check_memory, scaling
 from spd_fast.studies.splitting import SPLITTING
 from spd_fast.studies.study import Options, Plan, Study, write_results
 from spd_fast.train import set_keys
@@ -95,17 +96,25 @@ def paper(options: Options, only: str | None = None, memory_mb: float | None = N
         only: a pattern of runs (``tms_5-2*/*``, ``studies/splitting/*``) or ``scaling``.
 
     Raises:
-        UserError: bad input, or a pattern without a run.
+        UserError: bad input, a pattern without a run, or another run in the folder of one of these
+            recipes' seeds.
     """
+    check_memory(memory_mb)
     runs, plans = planned(options.quick)
     chosen = {k: c for k, c in runs.items() if only is None or fnmatch.fnmatchcase(k, only)}
     if not chosen and only != "scaling":
         raise UserError(f"--only {only!r} matches no run; runs are called as {next(iter(runs))!r}")
+    # An aggregate counts the seeds that were finished before as well.
+    recipes = {key.rpartition("/seed")[0] for key in chosen}
+    same_recipe = {
+        k: c for k, c in claims(options.quick).items() if k.rpartition("/seed")[0] in recipes
+    }
+    outcomes(same_recipe, options.out)
     found = run_grid(
         chosen, options.out, label="paper", device=options.device, backend=options.backend,
         jobs=options.jobs, finish=_report, unfinished=_lacks_report, quiet=options.quiet,
     )  # fmt: skip
-    written = _aggregates(found, options.out)
+    written = _aggregates(outcomes(same_recipe, options.out), options.out)
     for name, plan in plans.items():
         prefix = f"studies/{name}/runs/"
         mine = {k: found[prefix + k] for k in plan if prefix + k in found}
@@ -147,9 +156,9 @@ def _aggregates(found: Mapping[str, Outcome], out: Path) -> list[Path]:
         if seed:
             by_name.setdefault(name, {})[int(seed)] = outcome
     written = []
-    for name, outcomes in by_name.items():
+    for name, by_seed in by_name.items():
         path = out / name / "aggregate.json"
-        text = json.dumps(aggregate(name, outcomes), indent=2) + "\n"
+        text = json.dumps(aggregate(name, by_seed), indent=2) + "\n"
         write_bytes(path, text.encode())
         written.append(path)
     return written

@@ -8,6 +8,7 @@ against the width of the network. Every cell is measured in a process of its own
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from spd_fast.studies.study import Options, Row, check_folder, write_results
 from spd_fast.train import set_keys
 from spd_fast.train.progress import Progress
 
-__all__ = ["METHODS", "SERIES", "scaling", "settings", "slope"]
+__all__ = ["METHODS", "SERIES", "check_memory", "scaling", "settings", "slope"]
 
 BATCH = 2048
 FEATURES, HIDDEN = 40, 10
@@ -95,6 +96,12 @@ def _row(cell: _Cell, answer: dict[str, Any]) -> Row:
     }
 
 
+def check_memory(memory_mb: float | None) -> None:
+    """Raise UserError unless ``memory_mb`` is left open or a positive number."""
+    if memory_mb is not None and not 0 < memory_mb < math.inf:
+        raise UserError(f"--memory-mb needs to be positive, got {memory_mb:g}")
+
+
 def scaling(
     options: Options,
     *,
@@ -116,9 +123,8 @@ def scaling(
     chosen = check_device(options.device, options.backend)
     if options.backend is not None:
         raise UserError("study scaling compares backends: leave --backend out")
+    check_memory(memory_mb)
     limit = memory_mb if memory_mb is not None else SHARE * _free_mb(chosen.type)
-    if limit <= 0:
-        raise UserError(f"--memory-mb needs to be positive, got {limit:g}")
     check_folder(options.out, "scaling")
     cells = options.out / "cells"
     cells.mkdir(parents=True, exist_ok=True)

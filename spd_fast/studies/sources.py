@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -85,7 +84,7 @@ def collect(folders: Iterable[Path], into: Path) -> list[Path]:
     Returns:
         the files written.
     """
-    written = []
+    contents: dict[Path, bytes] = {}  # everything is read before anything is written
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}")
@@ -99,16 +98,15 @@ def collect(folders: Iterable[Path], into: Path) -> list[Path]:
             evaluation = record["evaluation"]
             name = f"{folder_of(evaluation['name'])}-seed{evaluation['seed']}"
             path = into / "evaluations" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
-            written.append(path)
+            contents[path] = (json.dumps(record, indent=1) + "\n").encode()
         for table in tables:
             for path in (table, table.with_suffix(".png")):
                 if path.exists():
-                    into.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, into / path.name)
-                    written.append(into / path.name)
-    return written
+                    contents[into / path.name] = path.read_bytes()
+    for path, content in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
+    return list(contents)
 
 
 def estimate(into: Path, say: Callable[[str], None] = print) -> Path:
@@ -121,7 +119,7 @@ def estimate(into: Path, say: Callable[[str], None] = print) -> Path:
         UserError: a step that fails for another reason than memory or time.
     """
     path = into / "estimates.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = _read_mapping(path, dict) if path.exists() else {}
     for name in SEEDS:
         if found.get(name, {}).get("status") == "ok":
             continue
@@ -137,12 +135,29 @@ def estimate(into: Path, say: Callable[[str], None] = print) -> Path:
     return path
 
 
+def _read_mapping(path: Path, held: type) -> dict[str, Any]:
+    """A JSON object whose values are of the type ``held``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, held) for v in found.values()):
+        raise UserError(f"cannot read {path}: it holds something else")
+    return found
+
+
 def read_sources(folder: Path) -> Sources:
-    """Everything that :func:`collect` and :func:`estimate` wrote."""
+    """Everything that :func:`collect` and :func:`estimate` wrote.
+
+    Raises:
+        UserError: a file that holds something else.
+    """
     sources = Sources()
     for path in sorted((folder / "evaluations").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        evaluation = record["evaluation"]
+        record = _read_mapping(path, object)
+        evaluation = record.get("evaluation")
+        if not isinstance(evaluation, dict) or not {"name", "seed"} <= set(evaluation):
+            raise UserError(f"cannot read {path}: it holds no run's record")
         sources.runs.setdefault(evaluation["name"], {})[evaluation["seed"]] = record
     for name in (*STUDIES, "scaling"):
         path = folder / f"{name}.csv"
@@ -151,5 +166,5 @@ def read_sources(folder: Path) -> Sources:
                 sources.studies[name] = list(csv.DictReader(f))
     path = folder / "estimates.json"
     if path.exists():
-        sources.estimates = json.loads(path.read_text(encoding="utf-8"))
+        sources.estimates = _read_mapping(path, dict)
     return sources

@@ -74,6 +74,8 @@ def test_the_paper_is_run_once_and_continued(tmp_path, little):
     (out / "tms_5-2" / "seed1" / "report.html").unlink()  # as a kill before it leaves the run
     (aggregate,) = paper(Options(out, quiet=True))
     assert json.loads(aggregate.read_text())["seeds"] == [0, 1]
+    (aggregate,) = paper(Options(out, quiet=True), only="tms_5-2/seed0")
+    assert json.loads(aggregate.read_text())["seeds"] == [0, 1]
     assert (out / "tms_5-2" / "seed1" / "eval.json").stat().st_mtime_ns == before
     for seed in (0, 1):
         assert (out / "tms_5-2" / f"seed{seed}" / "report.html").exists()
@@ -239,6 +241,27 @@ def test_finished_runs_are_collected_with_date_and_machine(tmp_path, finished, s
     assert found["processor"]
 
 
+def test_one_bad_run_leaves_the_sources_as_they_were(tmp_path, finished, monkeypatch):
+    everything = tmp_path / "runs"
+    for name in ("a", "b"):
+        shutil.copytree(finished, everything / name)
+    answers = iter([[], [("steps", 40_000, 20)]])
+    monkeypatch.setattr(sources, "recipe_changes", lambda _: next(answers))
+    with pytest.raises(UserError, match="is not tms_5-2 as it ships"):
+        sources.collect([everything], tmp_path / "paper")
+    assert not (tmp_path / "paper").exists()
+
+
+@pytest.mark.parametrize("name", ["estimates.json", "evaluations/x.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"evaluation": 3}'])
+def test_sources_that_cannot_be_read_are_named(page, name, text):
+    broken = page.with_suffix("") / name
+    broken.parent.mkdir(parents=True)
+    broken.write_text(text)
+    with pytest.raises(UserError, match=rf"cannot read .*{Path(name).name}"):
+        document.write_page(page)
+
+
 def test_runs_of_other_settings_are_refused(tmp_path, finished):
     with pytest.raises(UserError, match=r"is not tms_5-2 as it ships: .*steps 20"):
         sources.collect([finished], tmp_path / "paper")
@@ -286,6 +309,7 @@ def test_estimates_are_measured_once(tmp_path, monkeypatch):
         (["--page", "none.md"], "no page none.md"),
         (["--only", "abacus/*"], "matches no run"),
         (["--jobs", "0"], "--jobs needs at least 1"),
+        (["--memory-mb", "0"], "--memory-mb needs to be positive"),
         (["--device", "abacus"], "unknown device"),
     ],
 )
