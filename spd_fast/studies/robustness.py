@@ -112,7 +112,11 @@ def draw(rows: list[Row], _: Path) -> Figure:
                 x = sorted(values)
                 look = series(s) | {"linestyle": "-" if method == "SPD" else (0, (4, 1.6))}
                 y = [sum(values[m]) / len(values[m]) for m in x]
-                ax.plot(x, y, marker="o", markersize=4, label=f"{method}: {hyperparameter}", **look)
+                # Curves often agree: rings of different size stay visible on top of each other.
+                ax.plot(
+                    x, y, marker="o", markersize=12.5 - 3 * s, markerfacecolor="none",
+                    markeredgewidth=1.3, label=f"{method}: {hyperparameter}", **look,
+                )  # fmt: skip
         ax.set_xscale("log")
         ax.set_xticks([0.1, 1, 10], ["÷ 10", "published", "× 10"])
         ax.minorticks_off()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from spd_fast.cli import main
 from spd_fast.errors import UserError
 from spd_fast.experiments import Outcome, expected_sites, recipe
+from spd_fast.report.style import drawing
 from spd_fast.studies import (
     NAMES,
     STUDIES,
@@ -163,6 +165,19 @@ def test_figures_show_every_network(module, tmp_path):
     assert picture.shape[1] > 1.8 * picture.shape[0]
 
 
+def test_robustness_shows_curves_that_lie_on_each_other():
+    """All four at 1: each keeps pixels of its own colour, not in the legend alone."""
+    plan = robustness.plan(True, (0,))
+    rows = robustness.rows(plan, {k: evaluated(c.config, found=5) for k, c in plan.items()})
+    assert {row["fraction"] for row in rows} == {1}
+    with drawing():
+        (ax,) = robustness.draw(rows, Path()).axes
+    sizes = [line.get_markersize() for line in ax.lines]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(robustness.KNOBS)
+    assert all(line.get_markerfacecolor() == "none" for line in ax.lines)
+
+
 # Carrying them out.
 
 
@@ -215,6 +230,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         (["scaling", "--seeds", "0"], "no --seeds"),
         (["scaling", "--backend", "cpu"], "leave --backend out"),
         (["scaling", "--memory-mb", "0"], "--memory-mb needs to be positive"),
+        (["scaling", "--memory-mb", "nan"], "--memory-mb needs to be positive"),
         (["splitting", "--device", "abacus"], "unknown device 'abacus'"),
         ([], "Missing argument"),
     ],
