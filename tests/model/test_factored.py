@@ -13,7 +13,7 @@ from spd_fast import ops
 from spd_fast._adamw import AdamW
 from spd_fast.errors import UserError
 from spd_fast.losses import LOSSES, Step
-from spd_fast.model import DecomposedModel, Stochastic
+from spd_fast.model import DecomposedModel, Given, Stochastic
 from spd_fast.model.factored import Factored, Product
 from spd_fast.ops import Penalty, make_key
 from spd_fast.targets import ResidMLP
@@ -421,3 +421,20 @@ def test_other_importance_functions_form_an_input_once(kind, monkeypatch):
     monkeypatch.setattr(Factored, "dense", counted)
     made.causal_importances(clean)
     assert len(formed) == sum(isinstance(x, Factored) for x in clean.inputs.held.values())
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        ("deltas", normal(1, 1)),
+        ("deltas", normal(1, N, 1)),
+        ("routing", normal(1, N, 2) > 0),
+        ("routing", normal(1, N)),
+    ],
+)
+def test_deltas_and_routing_of_another_kind_are_an_error(what, given):
+    name = "layers.0.mlp_out"
+    masking = Given(**{"masks": {name: normal(2, N, C)}, what: {name: given}})
+    with pytest.raises(ValueError, match=r"mask\.(delta|routing)"):
+        model().masked_forward(BATCH, masking, sites=[name])
