@@ -28,7 +28,7 @@ from spd_fast.studies.study import Options, Row, check_folder, write_results
 from spd_fast.train import set_keys
 from spd_fast.train.progress import Progress
 
-__all__ = ["METHODS", "SERIES", "check_memory", "scaling", "settings", "slope"]
+__all__ = ["METHODS", "SERIES", "SIZES", "check_memory", "scaling", "settings", "slope"]
 
 BATCH = 2048
 FEATURES, HIDDEN = 40, 10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from spd_fast.experiments.records import read_evaluation
 from spd_fast.report.facts import recipe_changes
 from spd_fast.studies.measure import measure
 from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
+from spd_fast.studies.scaling import METHODS, SERIES, SIZES
 from spd_fast.train import Config, load_config
 
 __all__ = ["Records", "Sources", "collect", "estimate", "read_sources"]
@@ -77,9 +78,45 @@ def _gates(config: AnyConfig, backend: str) -> str | None:
     return "interpolated" if fast or config.gate_eval == "interpolated" else "exact"
 
 
+def _check_study(table: Path) -> None:
+    """Raise UserError unless a study's table is of the whole study, as it ships."""
+    name = table.stem
+    try:
+        with table.open(encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+        whole = bool(rows) and (_whole_scaling(rows) if name == "scaling" else _planned(name, rows))
+    except (OSError, ValueError, KeyError, csv.Error):
+        whole = False
+    if not whole:
+        raise UserError(f"{table} is not the study {name} as it ships; one in small proves nothing")
+
+
+def _planned(name: str, rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether every row is a point of the study's plan, after its number of steps."""
+    seeds = sorted({int(row["seed"]) for row in rows})
+    cells = STUDIES[name].plan(False, seeds).values()
+    points = [point | {"steps": c.config.steps} for c in cells for point in c.points]
+    known = {tuple(str(value) for value in point.values()) for point in points}
+    return all(tuple(row[key] for key in points[0]) in known for row in rows)
+
+
+def _whole_scaling(rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether every method's series goes on to its last size, or to where memory or time end."""
+    for series in SERIES:
+        for method in METHODS:
+            mine = [r for r in rows if (r["series"], r["method"]) == (series, method)]
+            sizes = [int(row["size"]) for row in mine]
+            if not mine or sizes != list(SIZES[: len(sizes)]):
+                return False
+            if mine[-1]["status"] == "ok" and len(sizes) < len(SIZES):
+                return False
+    return True
+
+
 def collect(folders: Iterable[Path], into: Path) -> list[Path]:
     """Copy what is finished below ``folders`` (runs, or what ``spd-fast paper`` filled) to the
-    page's sources ``into``. Runs of other settings than their recipe's are refused.
+    page's sources ``into``. Runs of other settings than their recipe's are refused, and studies
+    in small.
 
     Returns:
         the files written.
@@ -99,7 +136,8 @@ def collect(folders: Iterable[Path], into: Path) -> list[Path]:
             name = f"{folder_of(evaluation['name'])}-seed{evaluation['seed']}"
             path = into / "evaluations" / f"{name}.json"
             contents[path] = (json.dumps(record, indent=1) + "\n").encode()
-        for table in tables:
+        for table in filter(Path.exists, tables):
+            _check_study(table)
             for path in (table, table.with_suffix(".png")):
                 if path.exists():
                     contents[into / path.name] = path.read_bytes()

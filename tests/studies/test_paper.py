@@ -13,7 +13,9 @@ from spd_fast.cli import main
 from spd_fast.errors import UserError
 from spd_fast.experiments import configuration, recipe, recipes
 from spd_fast.studies import Options, document, sources
-from spd_fast.studies.paper import SEEDS, claims, folder_of, paper, planned
+from spd_fast.studies.paper import SEEDS, STUDIES, claims, folder_of, paper, planned
+from spd_fast.studies.scaling import METHODS, SIZES
+from spd_fast.studies.study import write_csv
 from spd_fast.train import set_keys
 
 ROOT = Path(__file__).parents[2]
@@ -268,13 +270,74 @@ def test_runs_of_other_settings_are_refused(tmp_path, finished):
     assert not (tmp_path / "paper").exists()
 
 
-def test_studies_are_collected_and_their_runs_left_alone(tmp_path, finished, shipped):
+def studied(name, quick, everything):
+    """The table of a study that went as planned, and a picture beside it."""
+    study = STUDIES[name]
+    plan = study.plan(quick, (0, 3))
+    rows = [p | {"steps": c.config.steps, "x": 1} for c in plan.values() for p in c.points]
+    folder = everything / "studies" / name
+    folder.mkdir(parents=True)
+    write_csv(folder / f"{name}.csv", rows)
+    (folder / f"{name}.png").write_text("x")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_are_collected_and_their_runs_left_alone(tmp_path, finished, shipped, name):
     everything = tmp_path / "runs"
-    shutil.copytree(finished, everything / "studies" / "splitting" / "runs" / "a")
-    for name in ("splitting.csv", "splitting.png"):
-        (everything / "studies" / "splitting" / name).write_text("x")
+    studied(name, False, everything)
+    shutil.copytree(finished, everything / "studies" / name / "runs" / "a")
     written = sources.collect([everything], tmp_path / "paper")
-    assert sorted(p.name for p in written) == ["splitting.csv", "splitting.png"]
+    assert [p.name for p in written] == [f"{name}.csv", f"{name}.png"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_in_small_is_no_source(tmp_path, name):
+    studied(name, True, tmp_path / "runs")
+    with pytest.raises(UserError, match=rf"{name}.csv is not the study {name} as it ships"):
+        sources.collect([tmp_path / "runs"], tmp_path / "paper")
+    assert not (tmp_path / "paper").exists()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "\ufffe\x00"])
+@pytest.mark.parametrize("name", [*STUDIES, "scaling"])
+def test_a_table_of_something_else_is_no_source(tmp_path, name, text):
+    path = tmp_path / "runs" / "studies" / name / f"{name}.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=rf"{name}.csv is not the study {name} as it ships"):
+        sources.collect([tmp_path / "runs"], tmp_path / "paper")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "last", "whole"),
+    [
+        (SIZES, "ok", True),
+        (SIZES[:5], "memory", True),
+        (SIZES[:5], "ok", False),
+        ((1, 4), "ok", False),
+        ((1, 4), "memory", False),
+    ],
+)
+def test_scaling_is_collected_where_every_series_went_to_its_end(tmp_path, sizes, last, whole):
+    rows = [
+        {"series": series, "method": method, "size": size, "status": "ok"}
+        for series in ("components", "width")
+        for method in METHODS
+        for size in sizes
+    ]
+    rows[-1]["status"] = last
+    for row in rows[:-1]:
+        if row["size"] == sizes[-1]:
+            row["status"] = "memory"
+    folder = tmp_path / "runs" / "studies" / "scaling"
+    folder.mkdir(parents=True)
+    write_csv(folder / "scaling.csv", rows)
+    if whole:
+        (path,) = sources.collect([tmp_path / "runs"], tmp_path / "paper")
+        assert path.name == "scaling.csv"
+    else:
+        with pytest.raises(UserError, match=r"scaling.csv is not the study scaling as it ships"):
+            sources.collect([tmp_path / "runs"], tmp_path / "paper")
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
