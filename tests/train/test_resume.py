@@ -23,7 +23,8 @@ from spd_fast.train import set_keys
 
 config = experiments.configuration(set_keys(experiments.recipe(sys.argv[2]), [
     "seed=3", "steps={STEPS}", "checkpoint_every={EVERY}", "log_every=10", "batch_size=64",
-    "target.steps=100", "target.batch_size=64", "target.starts=2",
+    "target.steps=100", "target.batch_size=64",
+    *(["target.starts=2"] if "tms" in sys.argv[2] else []),
 ]))
 experiments.run(config, Path(sys.argv[1]), quiet=True, resume=True)
 """
@@ -68,7 +69,7 @@ def evaluation(out: Path) -> dict:
     return {k: v for k, v in found.items() if k not in TIMING}
 
 
-@pytest.fixture(scope="module", params=["tms_5-2", "apd/tms_5-2"])
+@pytest.fixture(scope="module", params=["tms_5-2", "resid_mlp1", "apd/tms_5-2"])
 def runs(request, tmp_path_factory) -> tuple[Path, Path]:
     """One run left alone, one killed twice."""
     experiment = request.param
