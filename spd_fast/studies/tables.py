@@ -11,6 +11,7 @@ from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
 from spd_fast.studies.scaling import METHODS, SERIES, slope
 from spd_fast.studies.sources import Sources
 from spd_fast.studies.study import Plan
+from spd_fast.train import Config
 
 __all__ = ["all_tables"]
 
@@ -44,7 +45,11 @@ def _missing(sources: Sources, name: str) -> list[str] | None:
     if not lacking:
         return None
     listed = ",".join(map(str, lacking))
-    one = _seconds(sources, name, configuration(recipe(name)).steps)
+    config = configuration(recipe(name))
+    steps = config.steps
+    if isinstance(config, Config):  # each further start does its part again
+        steps += round((config.starts.count - 1) * config.starts.fraction * steps)
+    one = _seconds(sources, name, steps)
     time = _hours(None if one is None else one * len(lacking))
     command = f"`spd-fast run {name} --seeds {listed} --out runs/paper/{folder_of(name)}`"
     return [listed.replace(",", ", "), command, time]

@@ -194,7 +194,8 @@ def test_estimates_are_steps_times_cpu_time(page):
     costs = {"tms_5-2": {"status": "ok", "cpu_ms": 10.0}, "resid_mlp3": {"cpu_ms": 3000.0}}
     (page.with_suffix("") / "estimates.json").write_text(json.dumps(costs))
     (row,) = lines(page, "| tms_5-2 | 0, 1, 2, 3, 4 |")
-    assert row.endswith("about 33 min |")  # 5 seeds of 40,000 steps
+    # 5 seeds of 40,000 steps, and of 10,000 from the second start
+    assert row.endswith("about 42 min |")
     (row,) = lines(page, "| resid_mlp3 | 0, 1, 2 |")
     assert row.endswith("about 10.4 days |")
     (row,) = lines(page, "| tms_40-10 | 0, 1, 2, 3, 4 |")
