@@ -214,8 +214,8 @@ def measure_workload(
 
 def _step_products(workload: StepWorkload) -> list[Product]:
     trainer = step_trainer(workload.experiment, "reference", batch=workload.batch, factored=True)
-    trainer.train_step(0)  # the first forward also looks at the target's modules
-    return record(lambda: trainer.train_step(1))
+    trainer.model.clean_forward(trainer.batches(0))  # the first also looks at the target's modules
+    return record(lambda: trainer.train_step(0))
 
 
 def _derive(results: dict[str, Result], required_flops: int) -> None:

@@ -33,6 +33,7 @@ from spd_fast.model.importances import Importances, SiteImportances
 from spd_fast.model.masking import Masking
 from spd_fast.model.replay import overridden_forwards, prefixes
 from spd_fast.model.sites import Site, SiteModel, resolve_sites, submodules
+from spd_fast.ops.component_linear import check_site
 from spd_fast.ops.gate import GateEval, check_gate_eval, definite_eval
 from spd_fast.ops.masks import MaskRecipe
 from spd_fast.ops.penalty import Penalty
@@ -566,9 +567,12 @@ class DecomposedModel(SiteModel):
         # Beside h the operation needs x Wᵀ at most, which stands for x, with I for W. V is not
         # read: Uᵀ has its shape.
         if recipe.needs_weight:
-            rows, weight = x.times(site.weight.T), torch.eye(site.d_out).to(site.weight)
+            W = site.weight
+            rows = x.times(W.T)
+            weight = torch.eye(site.d_out, dtype=W.dtype, device=W.device)
         else:
-            rows, weight = inner.new_empty(site.d_out).expand(*x.shape[:-1], site.d_out), None
+            weight = None
+            rows = inner.new_empty(site.d_out).expand(*x.shape[:-1], site.d_out)
         return ops.component_linear(
             rows, U.T, U, recipe, weight=weight, bias=site.bias, inner=inner,
             backend=self.backend, site_name=site.name,
@@ -592,6 +596,7 @@ class DecomposedModel(SiteModel):
         shape = torch.Size((*x.shape[:-1], site.d_out))
         if not recipe.needs_weight:
             return Factored(shape, sums=(masked_sum,))
+        check_site(x, V, U, recipe, inner, site.weight, None, site.name)
         passed = x * recipe.passed(C, x.shape[:-1], x.dtype)[..., None]
         return Factored(shape, (Product(passed, site.weight.T),), (masked_sum,))
 

@@ -21,7 +21,7 @@ from spd_fast.ops._library import composite, primitive
 from spd_fast.ops.masks import MaskRecipe, component_source, delta_source
 from spd_fast.ops.random import RandomSource
 
-__all__ = ["component_linear"]
+__all__ = ["check_site", "component_linear"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor? inner, Tensor? V, Tensor U, Tensor? lower, Tensor? source, Tensor? key, "
@@ -149,10 +149,12 @@ class _ComponentLinear(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _check_shapes(
+def check_site(
     x: Tensor, V: Tensor, U: Tensor, recipe: MaskRecipe, inner: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, where: str,
+    weight: Tensor | None, bias: Tensor | None, site_name: str | None,
 ) -> None:  # fmt: skip
+    """Raise ValueError unless the arguments of :func:`component_linear` fit."""
+    where = f" (site {site_name!r})" if site_name else ""
     if V.ndim != 2 or U.ndim != 2 or V.shape[1] != U.shape[0]:
         raise ValueError(f"V {tuple(V.shape)} and U {tuple(U.shape)} do not share C{where}")
     if x.shape[-1] != V.shape[0]:
@@ -172,6 +174,8 @@ def _check_shapes(
     for name, (tensor, shape) in expected.items():
         if isinstance(tensor, Tensor) and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, need {tuple(shape)}{where}")
+    if recipe.routing is not None and recipe.routing.dtype != torch.bool:
+        raise ValueError(f"mask.routing must be bool, not {recipe.routing.dtype}{where}")
 
 
 def component_linear(
@@ -203,7 +207,7 @@ def component_linear(
     Raises:
         ValueError: shapes that do not fit, or a missing weight. UserError: backend.
     """
-    _check_shapes(x, V, U, mask, inner, weight, bias, f" (site {site_name!r})" if site_name else "")
+    check_site(x, V, U, mask, inner, weight, bias, site_name)
     C, d_out = U.shape
     random = mask.random
     source = mask.source if isinstance(mask.source, Tensor) else None

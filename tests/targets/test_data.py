@@ -7,6 +7,7 @@ import torch
 
 from spd_fast import _extension
 from spd_fast.targets import SparseFeatures
+from tests.conftest import needs_extension
 
 
 def data(**changes):
@@ -81,7 +82,7 @@ def test_it_is_float32_whatever_the_default(module, monkeypatch):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(_extension.module() is None, reason="without the C++ extension")
+@needs_extension
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize(
     ("features", "batch_size", "probability", "low", "high"),
