@@ -145,6 +145,7 @@ class DecomposedModel(SiteModel):
 
     caller: Caller
     _submodules: dict[str, nn.Module]
+    _wide: dict[str, nn.Linear]
 
     def __init__(
         self,
@@ -175,6 +176,7 @@ class DecomposedModel(SiteModel):
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "caller", Caller(target, output, adapter))
         object.__setattr__(self, "_submodules", submodules(target))
+        object.__setattr__(self, "_wide", _wide(self._submodules))
         self.sigmoid: SigmoidKind = sigmoid
         self.gate_eval: GateEval = gate_eval
         self.options = {
@@ -329,14 +331,12 @@ class DecomposedModel(SiteModel):
         stream is kept factored."""
         if not self._factors():
             return {}
-        found: dict[str, Tensor] = {}
-        for path, module in self._submodules.items():
-            plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            if plain and module.bias is None and "forward" not in module.__dict__:
-                W = module.weight.detach()
-                if W.shape[0] >= WIDENS * W.shape[1]:
-                    found[path] = W
-        return found
+        # A module may be given a forward of its own later on.
+        return {
+            path: module.weight.detach()
+            for path, module in self._wide.items()
+            if "forward" not in module.__dict__
+        }
 
     def causal_importances(
         self, clean: CleanForward, penalty: Penalty | None = None
@@ -685,6 +685,18 @@ def _by_rows(
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _wide(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    """Those that could write to a factored stream: wide linear layers without a bias."""
+    found: dict[str, nn.Linear] = {}
+    for path, module in modules.items():
+        # A subclass may compute something else.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            wide = module.out_features >= WIDENS * module.in_features
+            if wide and module.bias is None:
+                found[path] = module
+    return found
 
 
 def _factored(W: Tensor) -> Forward:
