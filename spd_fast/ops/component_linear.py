@@ -175,7 +175,7 @@ def check_site(
         if isinstance(tensor, Tensor) and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, need {tuple(shape)}{where}")
     if recipe.routing is not None and recipe.routing.dtype != torch.bool:
-        raise ValueError(f"mask.routing must be bool, not {recipe.routing.dtype}{where}")
+        raise ValueError(f"mask.routing is {recipe.routing.dtype}, need bool{where}")
 
 
 def component_linear(
