@@ -7,15 +7,16 @@ Cost of a step in multiply-adds, for N samples, C components, O outputs, K = k N
 (sample, component) and R rows of the most used component (K / C ≤ R ≤ N), summed over sites:
 
     attributions     N C m (d_in + d_out) + N O C d_out, and O backward passes through the target,
-                     batched; at a site after which the target is linear, N C m (d_in + O) +
-                     C m d_out O instead
+                     batched; at a site after which the target is linear but for a ReLU at the very
+                     end, N C m (d_in + O) + C m d_out O and two backward passes instead
     kept forward     C R m (d_in + d_out), thrice with its backward; dense it would have N in
                      place of R
     faithfulness     3 C m d_in d_out
 
 Memory: C m (d_in + d_out) parameters a site, with gradients and two Adam moments four times that;
 C R (d_in + m + d_out) for the kept forward; attributions take rows in chunks that hold at most
-:data:`CHUNK` numbers. On a GPU the host waits twice a step, for R and for the test of linearity.
+:data:`CHUNK` numbers, and on a CPU what is squared in blocks of :data:`BLOCK`. On a GPU the host
+waits twice a step, for R and for the test of linearity.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from spd_fast.errors import UserError
 from spd_fast.model.replay import overridden_forwards
 from spd_fast.model.sites import Site, SiteModel, resolve_sites
 
-__all__ = ["CHUNK", "APDModel", "Attributed", "batch_topk", "routes"]
+__all__ = ["BLOCK", "CHUNK", "APDModel", "Attributed", "batch_topk", "routes"]
 
 # Numbers that the attributions of one chunk of rows may hold: 256 MB in float32.
 CHUNK = 2**26
+# Numbers that a CPU's cache keeps between three passes over them: 1 MB in float32.
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,19 @@ class Attributed:
 
 @dataclass(frozen=True)
 class _Slopes:
-    """As in :class:`Attributed`, and site → ∂f/∂post [O, N, d_out]."""
+    """As in :class:`Attributed`, and every site's ∂f/∂post.
+
+    Attributes:
+        on: bool [N, O]. shared: site → M [O, d_out] where ∂f_o/∂post of row n is M_o or, where
+            on_no is false, zero.
+        gradients: any other site → ∂f/∂post [O, N, d_out].
+    """
 
     output: Tensor
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    on: Tensor
+    shared: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
 
@@ -114,9 +125,10 @@ def routes(kept: Tensor) -> Tensor:
     return rows
 
 
-def _same_for_every_row(gradient: Tensor) -> bool:
-    """Whether ∂f/∂post [O, N, d_out] is one matrix: what follows the site is linear."""
-    return gradient.shape[1] > 1 and torch.equal(gradient, gradient[:, :1].expand_as(gradient))
+def _probe(outputs: int, like: Tensor) -> Tensor:
+    """Weights in (0.5, 1.5) of which no two are equal: the golden ratio's multiples, [O]."""
+    multiples = 0.6180339887498949 * torch.arange(outputs, dtype=torch.float64)
+    return (0.5 + multiples.frac()).to(like)
 
 
 class APDModel(SiteModel):
@@ -242,12 +254,17 @@ class APDModel(SiteModel):
             torch.cat([p.attributions for p in parts]),
         )
 
+    @torch.no_grad()
     def _attribute(self, batch: Tensor) -> Attributed:
         slopes = self._slopes(batch)
-        total = slopes.output.new_zeros(*slopes.output.shape, self.components)
-        for name in slopes.outputs:
-            total += self._directional(name, slopes)
-        return Attributed(slopes.output, slopes.inputs, slopes.outputs, total.square_().sum(dim=1))
+        if slopes.gradients:
+            total = slopes.output.new_zeros(*slopes.output.shape, self.components)
+            for name in slopes.outputs:
+                total += self._directional(name, slopes)
+            attributions = total.square_().sum(dim=1)
+        else:
+            attributions = self._shared_squares(slopes)
+        return Attributed(slopes.output, slopes.inputs, slopes.outputs, attributions)
 
     @torch.no_grad()
     def shares(self, batch: Tensor) -> dict[str, Tensor]:
@@ -260,15 +277,18 @@ class APDModel(SiteModel):
         found = {}
         for name, site in self.sites.items():
             parts = self._directional(name, slopes)  # [N, O, C]
-            whole = torch.einsum(
-                "ond,nd->no", slopes.gradients[name], slopes.inputs[name] @ site.weight.T
-            )
+            clean = slopes.inputs[name] @ site.weight.T
+            if name in slopes.shared:
+                whole = clean @ slopes.shared[name].T * slopes.on
+            else:
+                whole = torch.einsum("ond,nd->no", slopes.gradients[name], clean)
             size = whole.square().sum(dim=1, keepdim=True)
             share = torch.einsum("noc,no->nc", parts, whole) / size
             found[name] = torch.where(size > 0, share, 0)
         return found
 
-    def _slopes(self, batch: Tensor) -> _Slopes:
+    def _captured(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The target's output, and every site's input and output, a leaf or node of the graph."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
@@ -284,28 +304,82 @@ class APDModel(SiteModel):
 
         forwards = {name: captured(name, site) for name, site in self.sites.items()}
         with torch.enable_grad(), overridden_forwards(self._submodules, forwards):
-            output = self.target(batch)
-            summed = output.sum(dim=0)  # samples do not mix: each keeps its own gradient
-        picks = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
-        gradients = torch.autograd.grad(
-            summed, list(outputs.values()), picks, is_grads_batched=True
+            return self.target(batch), inputs, outputs
+
+    def _slopes(self, batch: Tensor) -> _Slopes:
+        """Where what follows a site is linear, but for a ReLU at the very end, all rows share one
+        matrix M. Whether it is so is tried, not assumed: one row an output, on which it is on,
+        gives M; a gradient of all outputs at once, weighted, must then be M's in every row.
+        """
+        output, inputs, outputs = self._captured(batch)
+        values, N, width = output.detach(), *output.shape
+        on = (values > 0) | (values.min() < 0)  # a ReLU's derivative, or all rows
+        first = on.to(torch.uint8).argmax(dim=0)
+        rows, _, sites = self._captured(batch.index_select(0, first))
+        # Samples do not mix: row o of this batch has the gradient of output o alone.
+        picks = torch.eye(width, dtype=output.dtype, device=output.device)
+        matrices = torch.autograd.grad(rows, list(sites.values()), picks)
+        weights = _probe(width, values)
+        found = torch.autograd.grad(
+            output, list(outputs.values()), weights.expand(N, width), retain_graph=True
         )
+        eps = 4 * width * torch.finfo(output.dtype).eps
+        off = [
+            (g - on * weights @ M).abs().max() > eps * M.abs().max()
+            for g, M in zip(found, matrices, strict=True)
+        ]
+        shared = {
+            name: M
+            for name, M, other in zip(outputs, matrices, torch.stack(off).tolist(), strict=True)
+            if not other
+        }
+        rest = {name: y for name, y in outputs.items() if name not in shared}
+        gradients: tuple[Tensor, ...] = ()
+        if rest:
+            with torch.enable_grad():
+                summed = output.sum(dim=0)
+            gradients = torch.autograd.grad(
+                summed, list(rest.values()), picks, is_grads_batched=True
+            )
         return _Slopes(
-            output.detach(),
+            values,
             inputs,
             {n: y.detach() for n, y in outputs.items()},
-            dict(zip(outputs, gradients, strict=True)),
+            on,
+            shared,
+            dict(zip(rest, gradients, strict=True)),
         )
+
+    def _shared_products(self, name: str, slopes: _Slopes) -> tuple[Tensor, Tensor]:
+        """A_c x of every component and row [C, N, m], and how the outputs read it [C, m, O]."""
+        C, m, _ = self.B(name).shape
+        inner = (slopes.inputs[name] @ self.V(name)).view(-1, C, m).transpose(0, 1)
+        return inner, (self.U(name) @ slopes.shared[name].T).view(C, m, -1)
+
+    def _shared_squares(self, slopes: _Slopes) -> Tensor:
+        """The attributions [N, C] where all sites share their slopes."""
+        products = [self._shared_products(name, slopes) for name in slopes.shared]
+        (N, width), C = slopes.output.shape, self.components
+        rows = max(BLOCK // (width * C), 1) if slopes.output.device.type == "cpu" else N
+        found = slopes.output.new_empty(C, N)
+        moved = slopes.output.new_empty(C, rows, width)
+        for start in range(0, N, rows):
+            block = slice(start, min(start + rows, N))
+            part = moved[:, : block.stop - start]
+            for i, (inner, read) in enumerate(products):
+                torch.baddbmm(part, inner[:, block], read, beta=min(i, 1), out=part)
+            torch.sum(part.square_().mul_(slopes.on[block]), dim=2, out=found[:, block])
+        return found.T.contiguous()
 
     @torch.no_grad()
     def _directional(self, name: str, slopes: _Slopes) -> Tensor:
         """∂f_o/∂post · (P_c pre) for every sample, output and component, [N, O, C]."""
+        if name in slopes.shared:
+            moved = torch.bmm(*self._shared_products(name, slopes))
+            return moved.permute(1, 2, 0) * slopes.on[:, :, None]
         x, gradient, B = slopes.inputs[name], slopes.gradients[name], self.B(name)
         C, m, _ = B.shape
         inner = (x @ self.V(name)).view(-1, C, m).transpose(0, 1)  # [C, N, m]
-        if _same_for_every_row(gradient):
-            read = self.U(name) @ gradient[:, 0].T  # [C·m, O]
-            return torch.bmm(inner, read.view(C, m, -1)).permute(1, 2, 0)
         moved = torch.bmm(inner, B)  # [C, N, d_out]
         return torch.bmm(gradient.transpose(0, 1), moved.permute(1, 2, 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from spd_fast.baselines import APDModel, apd
 from spd_fast.baselines.apd import batch_topk, routes
@@ -131,16 +132,91 @@ def test_chunks_of_rows_change_nothing(kind, rows, monkeypatch):
             torch.testing.assert_close(part[name], all_rows[name], rtol=1e-12, atol=1e-14)
 
 
-def test_the_shortcut_is_taken_where_the_rest_is_linear_and_nowhere_else(monkeypatch):
-    model, batch = make_model("mlp2"), make_batch("mlp2")
-    taken = []
-    same = apd._same_for_every_row
-    monkeypatch.setattr(apd, "_same_for_every_row", lambda g: taken.append(same(g)) or taken[-1])
-    model.attribute(batch)
-    assert dict(zip(model.sites, taken, strict=True)) == {
-        "layers.0.mlp_in": False, "layers.0.mlp_out": False,
-        "layers.1.mlp_in": False, "layers.1.mlp_out": True,
-    }  # fmt: skip
+def _shared(model, batch):
+    """The sites whose slopes are found to be the same in all rows; they and the others are all."""
+    slopes = model._slopes(batch)
+    assert set(slopes.shared) | set(slopes.gradients) == set(model.sites)
+    assert not set(slopes.shared) & set(slopes.gradients)
+    return set(slopes.shared)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [
+        ("tms", {"linear1", "linear2"}),
+        ("tms-id", {"linear1", "hidden_layers.0", "linear2"}),
+        ("mlp1", {"layers.0.mlp_out"}),
+        ("mlp2", {"layers.1.mlp_out"}),
+        ("partly", set()),
+    ],
+)
+def test_slopes_are_shared_where_the_rest_is_linear_and_nowhere_else(kind, shared):
+    batch = make_batch(kind, 40)  # every output of a toy model is on in some row, and off in some
+    assert _shared(make_model(kind), batch) == shared
+
+
+class _Tail(nn.Module):
+    """Two linear maps and a function at the end."""
+
+    def __init__(self, tail):
+        super().__init__()
+        torch.manual_seed(8)
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 6)
+        self.tail = tail
+        self.double().requires_grad_(False)
+
+    def forward(self, x):
+        return self.tail(self.second(self.first(x)))
+
+
+def _nearly_linear(z):
+    """Other slopes at the largest inputs alone, by a little."""
+    return z + 1e-3 * (z - 1).relu()
+
+
+TAILS = {
+    "linear": (lambda z: z, True),
+    "relu": (torch.relu, True),
+    "shifted relu": (lambda z: torch.relu(z) + 1, False),
+    "relu below": (lambda z: -torch.relu(z), False),
+    "always on": (lambda z: torch.relu(z + 100), True),
+    "leaky relu": (torch.nn.functional.leaky_relu, False),
+    "abs": (torch.abs, False),
+    "sigmoid": (torch.sigmoid, False),
+    "nearly linear": (_nearly_linear, False),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_whatever_ends_the_target_attributions_are_those_of_single_samples(tail, rows):
+    function, shares = TAILS[tail]
+    model = APDModel(_Tail(function), {"first": 3, "second": 3}, seed=2)
+    generator = torch.Generator().manual_seed(6)
+    batch = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+    expected = torch.zeros(rows, 3, dtype=torch.float64)
+    for n, x in enumerate(batch):
+        middle = model.target.first(x).requires_grad_()
+        last = model.target.second(middle)
+        for output in model.target.tail(last):
+            slopes = torch.autograd.grad(output, [middle, last], retain_graph=True)
+            for c in range(3):
+                moved = slopes[0] @ (model.matrices("first")[c] @ x)
+                moved += slopes[1] @ (model.matrices("second")[c] @ middle)
+                expected[n, c] += moved.item() ** 2
+    found = model.attribute(batch).attributions
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    if rows > 1:
+        assert _shared(model, batch) == ({"first", "second"} if shares else set())
+
+
+@pytest.mark.parametrize("numbers", [1, 2**10])
+def test_blocks_of_rows_change_nothing(numbers, monkeypatch):
+    model, batch = make_model("tms-id"), make_batch("tms-id", 70)
+    whole = model.attribute(batch).attributions
+    monkeypatch.setattr(apd, "BLOCK", numbers)
+    parts = model.attribute(batch).attributions
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
 
 
 @ALL
