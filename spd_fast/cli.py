@@ -133,7 +133,9 @@ def run(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="splitting, robustness, importance or scaling.")],
+    name: Annotated[
+        str, typer.Argument(help="splitting, robustness, importance, convergence or scaling.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Table, figure and runs. Default: runs/studies/NAME.")
     ] = None,

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from spd_fast.errors import UserError, nearest
-from spd_fast.studies.importance import IMPORTANCE
-from spd_fast.studies.robustness import ROBUSTNESS
+from spd_fast.studies.paper import STUDIES
 from spd_fast.studies.scaling import scaling
-from spd_fast.studies.splitting import SPLITTING
 from spd_fast.studies.study import Options, Study, run_study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (SPLITTING, ROBUSTNESS, IMPORTANCE)}
 NAMES = (*STUDIES, "scaling")
 
 __all__ = ["NAMES", "STUDIES", "Options", "Study", "carry_out", "check_name", "scaling"]

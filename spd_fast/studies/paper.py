@@ -20,6 +20,7 @@ from spd_fast.experiments import (
 from spd_fast.experiments.grid import outcomes
 from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.report import write_report
+from spd_fast.studies.convergence import CONVERGENCE
 from spd_fast.studies.importance import IMPORTANCE
 from spd_fast.studies.robustness import ROBUSTNESS
 from spd_fast.studies.scaling import check_memory, scaling
@@ -55,7 +56,9 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "resid_mlp3-2026": (0,),
     "resid_mlp3-robust": (0, 1, 2, 3, 4),
 }
-STUDIES: dict[str, Study] = {study.name: study for study in (SPLITTING, ROBUSTNESS, IMPORTANCE)}
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (SPLITTING, ROBUSTNESS, IMPORTANCE, CONVERGENCE)
+}
 QUICK_TMS = ["steps=300", "batch_size=512", "target.steps=1500", "target.batch_size=512"]
 QUICK_MLP = [
     "steps=20", "batch_size=256", "target.steps=60", "target.batch_size=256", "target.d_embed=200",

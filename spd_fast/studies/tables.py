@@ -197,7 +197,8 @@ def _study_missing(sources: Sources, name: str) -> str:
         return f"{NOT_MEASURED}: {command}, at most a quarter of an hour a size and method.\n"
     plan = STUDIES[name].plan(False, STUDIES[name].seeds)
     time = _hours(_cost(sources, plan))
-    return f"{NOT_MEASURED}: {command}, {len(plan)} runs, {time} of one CPU thread.\n"
+    runs = "1 run" if len(plan) == 1 else f"{len(plan)} runs"
+    return f"{NOT_MEASURED}: {command}, {runs}, {time} of one CPU thread.\n"
 
 
 def splitting_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -252,6 +253,26 @@ def importance_table(rows: Sequence[Mapping[str, str]]) -> str:
     return _markdown(header, table)
 
 
+def convergence_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A row a run and site, after the last step."""
+    table = [
+        [
+            *(r[k] for k in ("network", "seed", "steps", "site", "needed")),
+            f"{r['live_components']} of {r['components']}",
+            r["ci_error"],
+            f"{float(r['neuron_r2']):.4f}",
+            f"{float(r['stochastic_recon']):.2e}",
+            f"{float(r['zero_recon']):.2e}",
+        ]
+        for r in rows
+    ]
+    header = (
+        "network", "seed", "steps", "site", "needed", "live", "errors", "neuron R²", "recon",
+        "recon without any component",
+    )  # fmt: skip
+    return _markdown(header, table)
+
+
 def scaling_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Fitted slopes, and the largest size that fits."""
     table = []
@@ -282,6 +303,7 @@ STUDY_TABLES: dict[str, Callable[[Sequence[Mapping[str, str]]], str]] = {
     "splitting": splitting_table,
     "robustness": robustness_table,
     "importance": importance_table,
+    "convergence": convergence_table,
     "scaling": scaling_table,
 }
 

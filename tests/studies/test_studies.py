@@ -19,6 +19,7 @@ from spd_fast.studies import (
     Options,
     carry_out,
     check_name,
+    convergence,
     importance,
     robustness,
     splitting,
@@ -38,8 +39,8 @@ def evaluated(config, live=None, found=None):
         {
             "name": config.name, "seed": config.seed, "recovered": True, "steps": config.steps,
             "seconds": 1.5, "target_represents_all_features": True,
-            "neuron_contributions": {"r2": 0.99},
-            "reconstruction": {"stochastic": 1e-6},
+            "neuron_contributions": {"r2": 0.99, "slope": 1.0},
+            "reconstruction": {"stochastic": 1e-6, "zero": 1e-3},
             "sites": {
                 site: {
                     "components": 4 * e.components, "live_components": live or e.components,
@@ -119,7 +120,8 @@ def test_the_published_run_stands_for_both_hyperparameters():
 def test_quick_is_the_same_study_in_small(name):
     study = STUDIES[name]
     whole, quick = study.plan(False, (0,)), study.plan(True, (0,))
-    assert len(quick) < len(whole)
+    assert len(quick) <= len(whole)
+    assert sum(c.config.steps for c in quick.values()) < sum(c.config.steps for c in whole.values())
     assert max(c.config.steps for c in quick.values()) <= 1000
 
 
@@ -149,7 +151,7 @@ def test_robustness_is_the_fraction_of_mechanisms_and_zero_where_training_diverg
 
 
 def test_runs_that_are_missing_have_no_row():
-    for module in (splitting, robustness, importance):
+    for module in (splitting, robustness, importance, convergence):
         assert module.rows(module.plan(True, (0,)), {}) == []
 
 
@@ -202,6 +204,35 @@ def test_a_study_is_carried_out_once_and_drawn_again(tmp_path, monkeypatch):
     carry_out("importance", Options(tmp_path / "out", quick=True, quiet=True))
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("eval.json")} == before
     assert paths[0].read_bytes() == table
+
+
+def test_convergence_shows_what_was_logged_on_the_way(tmp_path, monkeypatch):
+    small = set_keys(recipe("resid_mlp3"), [
+        *TINY, "target.features=4", "target.d_embed=8", "target.d_mlp=2", "ci_fn=linear",
+        "sites.layers.*.mlp_in=4", "sites.layers.*.mlp_out=4",
+    ])  # fmt: skip
+    monkeypatch.setattr(convergence, "recipe", lambda _: small)
+    monkeypatch.setattr(convergence, "QUICK", [])
+    paths = carry_out("convergence", Options(tmp_path / "out", quick=True, quiet=True))
+    assert [p.name for p in paths] == ["convergence.csv", "convergence.png"]
+    rows = read(paths[0])
+    assert [r["site"] for r in rows] == [
+        f"layers.{i}.{end}" for i in range(3) for end in ("mlp_in", "mlp_out")
+    ]
+    assert {r["steps"] for r in rows} == {"30"}
+    with drawing():
+        left, right = convergence.draw([{"run": "resid_mlp3-seed0", "steps": 30}],
+                                       tmp_path / "out" / "runs").axes  # fmt: skip
+    assert [line.get_label() for line in right.lines] == [r["site"] for r in rows]
+    assert "stochastic recon" in {line.get_label() for line in left.lines}
+    assert all(len(line.get_xdata()) == 30 for line in (*left.lines, *right.lines))
+
+
+def test_convergence_is_the_beginning_of_the_whole_run():
+    (cell,) = convergence.plan(False, (0,)).values()
+    whole = recipe("resid_mlp3")
+    assert whole["lr_schedule"] == "constant"
+    assert cell.config.model_dump() == Config(**(whole | {"steps": 5000, "seed": 0})).model_dump()
 
 
 def test_an_unknown_study_names_the_nearest():
