@@ -134,7 +134,8 @@ def run(
 @app.command()
 def study(
     name: Annotated[
-        str, typer.Argument(help="splitting, robustness, importance, convergence or scaling.")
+        str,
+        typer.Argument(help="splitting, robustness, importance, variants, convergence or scaling."),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Table, figure and runs. Default: runs/studies/NAME.")

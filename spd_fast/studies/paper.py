@@ -26,6 +26,7 @@ from spd_fast.studies.robustness import ROBUSTNESS
 from spd_fast.studies.scaling import check_memory, scaling
 from spd_fast.studies.splitting import SPLITTING
 from spd_fast.studies.study import Options, Plan, Study, write_results
+from spd_fast.studies.variants import VARIANTS
 from spd_fast.train import set_keys
 
 __all__ = ["SEEDS", "STUDIES", "claims", "folder_of", "paper", "planned"]
@@ -57,7 +58,7 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "resid_mlp3-robust": (0, 1, 2, 3, 4),
 }
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (SPLITTING, ROBUSTNESS, IMPORTANCE, CONVERGENCE)
+    study.name: study for study in (SPLITTING, ROBUSTNESS, IMPORTANCE, VARIANTS, CONVERGENCE)
 }
 QUICK_TMS = ["steps=300", "batch_size=512", "target.steps=1500", "target.batch_size=512"]
 QUICK_MLP = [

@@ -253,6 +253,32 @@ def importance_table(rows: Sequence[Mapping[str, str]]) -> str:
     return _markdown(header, table)
 
 
+def variants_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A row a run."""
+    table = [
+        [
+            r["variant"],
+            r["seed"],
+            *(
+                ["diverged", *[""] * 5]
+                if r["diverged"] == "True"
+                else [
+                    *(r[k].replace(" ", "+") for k in ("live_components", "ci_error")),
+                    *(f"{float(r[k]):.3f}" for k in ("lowest_on", "highest_off")),
+                    f"{float(r['neuron_r2']):.4f}",
+                    f"{float(r['slope']):.3f}",
+                ]
+            ),
+        ]
+        for r in rows
+    ]
+    header = (
+        "variant", "seed", "live (mlp_in, mlp_out of both layers)", "errors", "lowest wanted on",
+        "highest wanted off", "neuron R²", "slope",
+    )  # fmt: skip
+    return _markdown(header, table)
+
+
 def convergence_table(rows: Sequence[Mapping[str, str]]) -> str:
     """A row a run and site, after the last step."""
     table = [
@@ -303,6 +329,7 @@ STUDY_TABLES: dict[str, Callable[[Sequence[Mapping[str, str]]], str]] = {
     "splitting": splitting_table,
     "robustness": robustness_table,
     "importance": importance_table,
+    "variants": variants_table,
     "convergence": convergence_table,
     "scaling": scaling_table,
 }

@@ -112,7 +112,7 @@ def test_without_sources_everything_is_not_measured(page):
     for name, of in SEEDS.items():
         listed = ",".join(map(str, of))
         assert f"`spd-fast run {name} --seeds {listed} --out runs/paper/{folder_of(name)}`" in text
-    for name in ("splitting", "robustness", "importance", "convergence", "scaling"):
+    for name in ("splitting", "robustness", "importance", "variants", "convergence", "scaling"):
         assert f"not measured: `spd-fast study {name} " in text
     assert "| yes |" not in text
 

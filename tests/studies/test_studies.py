@@ -23,6 +23,8 @@ from spd_fast.studies import (
     importance,
     robustness,
     splitting,
+    tables,
+    variants,
 )
 from spd_fast.studies.study import write_results
 from spd_fast.train import Config, set_keys
@@ -44,7 +46,7 @@ def evaluated(config, live=None, found=None):
             "sites": {
                 site: {
                     "components": 4 * e.components, "live_components": live or e.components,
-                    "ci_error": 0, "l0": 1.0, "mmcs": 1.0, "ml2r": 0.9,
+                    "ci_error": 0, "ci_margins": [0.95, 0.02], "l0": 1.0, "mmcs": 1.0, "ml2r": 0.9,
                     "mechanisms_found": found,
                 }
                 for site, e in known.items()
@@ -151,7 +153,7 @@ def test_robustness_is_the_fraction_of_mechanisms_and_zero_where_training_diverg
 
 
 def test_runs_that_are_missing_have_no_row():
-    for module in (splitting, robustness, importance, convergence):
+    for module in (splitting, robustness, importance, variants, convergence):
         assert module.rows(module.plan(True, (0,)), {}) == []
 
 
@@ -204,6 +206,42 @@ def test_a_study_is_carried_out_once_and_drawn_again(tmp_path, monkeypatch):
     carry_out("importance", Options(tmp_path / "out", quick=True, quiet=True))
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("eval.json")} == before
     assert paths[0].read_bytes() == table
+
+
+def test_variants_change_one_thing_each_in_the_published_recipe():
+    plan = variants.plan(False, (0, 1))
+    assert len(plan) == 2 * len(variants.VARIANTS_OF)
+    published = plan["published-seed0"].config.model_dump()
+    assert published == Config(**(recipe("resid_mlp2") | {"steps": 5000, "seed": 0})).model_dump()
+    for key, cell in plan.items():
+        label = cell.points[0]["variant"]
+        ours = cell.config.model_dump() | {"seed": 0}
+        changed = {k for k in published if ours[k] != published[k]}
+        expected = 0 if label == "published" else 3 if label == variants.ROBUST else 1
+        assert len(changed) == expected, (key, changed)
+    assert {c.config.name for c in plan.values()} == {"resid_mlp2", "resid_mlp2-robust"}
+
+
+def test_variants_say_what_each_site_gets_and_which_diverged(tmp_path):
+    plan = variants.plan(False, (0, 1))
+    found = {k: evaluated(c.config, live=7) for k, c in plan.items()}
+    found["rate_times_3-seed1"] = Outcome(None, "loss is nan")
+    table = variants.rows(plan, found)
+    assert len(table) == len(plan)
+    (bad,) = (row for row in table if row["diverged"])
+    assert (bad["variant"], bad["seed"], bad["errors"]) == ("rate × 3", 1, None)
+    good = table[0]
+    assert (good["live_components"], good["ci_error"], good["errors"]) == ("7 7 7 7", "0 0 0 0", 0)
+    assert (good["lowest_on"], good["highest_off"]) == (0.95, 0.02)
+    paths = write_results("x", table, lambda: variants.draw(table, tmp_path), tmp_path)
+    lines = tables.variants_table(read(paths[0])).splitlines()
+    assert len(lines) == 2 + len(plan)
+    assert sum("| diverged |" in line for line in lines) == 1
+    assert "| 7+7+7+7 | 0+0+0+0 | 0.950 | 0.020 | 0.9900 | 1.000 |" in lines[2]
+    with drawing():
+        left, right = variants.draw(table, tmp_path).axes
+    assert [tick.get_text() for tick in left.get_yticklabels()] == list(variants.VARIANTS_OF)
+    assert [len(line.get_xdata()) for line in right.lines] == [len(plan) / 2, len(plan) / 2 - 1]
 
 
 def test_convergence_shows_what_was_logged_on_the_way(tmp_path, monkeypatch):
