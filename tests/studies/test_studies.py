@@ -217,8 +217,10 @@ def test_variants_change_one_thing_each_in_the_published_recipe():
         label = cell.points[0]["variant"]
         ours = cell.config.model_dump() | {"seed": 0}
         changed = {k for k in published if ours[k] != published[k]}
-        expected = 0 if label == "published" else 3 if label == variants.ROBUST else 1
-        assert len(changed) == expected, (key, changed)
+        if label == variants.ROBUST:
+            assert {"name", "losses"} <= changed
+        else:
+            assert len(changed) == int(label != "published"), (key, changed)
     assert {c.config.name for c in plan.values()} == {"resid_mlp2", "resid_mlp2-robust"}
 
 
