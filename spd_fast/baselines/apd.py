@@ -127,8 +127,8 @@ def routes(kept: Tensor) -> Tensor:
 
 def _probe(outputs: int, like: Tensor) -> Tensor:
     """Weights in (0.5, 1.5) of which no two are equal: the golden ratio's multiples, [O]."""
-    multiples = 0.6180339887498949 * torch.arange(outputs, dtype=torch.float64)
-    return (0.5 + multiples.frac()).to(like)
+    order = torch.arange(outputs, dtype=torch.float64, device=like.device)
+    return (0.5 + (0.6180339887498949 * order).frac()).to(like.dtype)
 
 
 class APDModel(SiteModel):
