@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ from spd_fast.report.style import (
 )
 from spd_fast.train.config import LoopConfig
 
-__all__ = ["live", "losses", "schedules", "site_l0", "speed"]
+__all__ = ["live", "losses", "plot_l0", "plot_losses", "schedules", "site_l0", "speed"]
 
 MAX_POINTS = 500
 
@@ -86,18 +86,19 @@ def _frame(lines: int, columns: int = 2, height: float = 170) -> tuple[Figure, A
     return fig, style(axes_at(fig, 48, legend + 38, 300, height))
 
 
-def losses(facts: Logged) -> Figure:
-    """Every loss over time, unweighted, and their weighted total."""
-    metrics = _thin(facts.metrics)
-    names = [n for n in LOSS_NAMES if metrics and n in metrics[-1]["losses"]]
-    names += [n for n in (metrics[-1]["losses"] if metrics else ()) if n not in names]
-    fig, ax = _frame(len(names))
+def _loss_names(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    found = metrics[-1]["losses"] if metrics else {}
+    names = [n for n in LOSS_NAMES if n in found]
+    return names + [n for n in found if n not in names]
+
+
+def plot_losses(ax: Axes, lines: Sequence[dict[str, Any]]) -> None:
+    """Every loss of a log over time, unweighted, and their weighted total."""
+    metrics = _thin(lines)
     steps = [m["step"] for m in metrics]
-    lowest = 1.0
+    names = _loss_names(metrics)
     for i, name in enumerate(names):
         values = [m["losses"].get(name, np.nan) for m in metrics]
-        positive = [v for v in values if v > 0]
-        lowest = min([lowest, *positive])
         # Zero has no place on a logarithmic axis.
         _plot(ax, steps, [v if v > 0 else np.nan for v in values], LOSS_NAMES.get(name, name), i)
     if names:
@@ -105,6 +106,12 @@ def losses(facts: Logged) -> Figure:
     else:
         _empty(ax)
     ax.set_ylabel("loss")
+
+
+def losses(facts: Logged) -> Figure:
+    """Every loss over time, unweighted, and their weighted total."""
+    fig, ax = _frame(len(_loss_names(facts.metrics)))
+    plot_losses(ax, facts.metrics)
     steps_axis(ax, facts.config.steps)
     legend_below(fig, ax)
     return fig
@@ -133,17 +140,19 @@ def schedules(facts: Facts) -> Figure:
     return fig
 
 
-def _per_site(facts: Facts, key: str) -> tuple[list[int], Mapping[str, list[float]]]:
-    metrics = _thin(facts.metrics)
-    values = {n: [m[key].get(n, np.nan) for m in metrics] for n in facts.sites}
+def _per_site(
+    lines: Sequence[dict[str, Any]], sites: Iterable[str], key: str
+) -> tuple[list[int], Mapping[str, list[float]]]:
+    metrics = _thin(lines)
+    values = {n: [m[key].get(n, np.nan) for m in metrics] for n in sites}
     return [m["step"] for m in metrics], values
 
 
-def site_l0(facts: Facts, floor: float | None) -> Figure:
+def plot_l0(
+    ax: Axes, lines: Sequence[dict[str, Any]], sites: Iterable[str], floor: float | None = None
+) -> None:
     """Active components per sample at every site; ``floor`` is what the data alone asks for."""
-    lines = len(facts.sites) + (floor is not None)
-    fig, ax = _frame(lines)
-    steps, values = _per_site(facts, "l0")
+    steps, values = _per_site(lines, sites, "l0")
     for i, (name, ys) in enumerate(values.items()):
         _plot(ax, steps, [y if y > 0 else np.nan for y in ys], name, i)
     if floor is not None:
@@ -163,6 +172,12 @@ def site_l0(facts: Facts, floor: float | None) -> Figure:
     else:
         _empty(ax)
     ax.set_ylabel("active components per sample")
+
+
+def site_l0(facts: Facts, floor: float | None) -> Figure:
+    """Active components per sample at every site; ``floor`` is what the data alone asks for."""
+    fig, ax = _frame(len(facts.sites) + (floor is not None))
+    plot_l0(ax, facts.metrics, facts.sites, floor)
     steps_axis(ax, facts.config.steps)
     legend_below(fig, ax)
     return fig
@@ -171,7 +186,7 @@ def site_l0(facts: Facts, floor: float | None) -> Figure:
 def live(facts: Facts) -> Figure:
     """Components active anywhere in the batch, with the known number as a dotted line."""
     fig, ax = _frame(len(facts.sites))
-    steps, values = _per_site(facts, "live")
+    steps, values = _per_site(facts.metrics, facts.sites, "live")
     for i, (name, ys) in enumerate(values.items()):
         _plot(ax, steps, ys, name, i)
         if name in facts.expected:

@@ -13,21 +13,18 @@ from spd_fast.evaluate import probe_importances
 from spd_fast.experiments import Outcome, configuration, expected_sites, load_run, recipe
 from spd_fast.model import DecomposedModel
 from spd_fast.report.style import SEQUENTIAL, axes_at, bare, color, figure, power_of_ten
-from spd_fast.studies.study import Cell, Plan, Row, Study
+from spd_fast.studies.study import QUICK_MLP, Cell, Plan, Row, Study, site_rows
 from spd_fast.train import set_keys
 
 __all__ = ["COEFFICIENTS", "IMPORTANCE"]
 
 NETWORK = "resid_mlp1"
 COEFFICIENTS = (1e-6, 3e-6, 1e-5, 1e-4, 1e-3)
-QUICK = [
-    "steps=30", "batch_size=256", "target.steps=60", "target.batch_size=256", "target.d_embed=200",
-]  # fmt: skip
 
 
 def plan(quick: bool, seeds: Sequence[int]) -> Plan:
     """Coefficient and seed → a run."""
-    data = set_keys(recipe(NETWORK), QUICK if quick else [])
+    data = set_keys(recipe(NETWORK), QUICK_MLP if quick else [])
     runs: Plan = {}
     for coefficient in (1e-6, 1e-3) if quick else COEFFICIENTS:
         for seed in seeds:
@@ -42,29 +39,21 @@ def plan(quick: bool, seeds: Sequence[int]) -> Plan:
 
 def rows(plan: Plan, found: Mapping[str, Outcome]) -> list[Row]:
     """A row a run and site, with what the whole network's reconstruction comes to."""
-    table: list[Row] = []
-    for key, cell in plan.items():
-        evaluation = found[key].evaluation if key in found else None
-        if evaluation is None:
-            continue
-        for site, known in expected_sites(cell.config).items():
-            result = evaluation["sites"][site]
-            table.append(
-                cell.points[0]
-                | {
-                    "site": site,
-                    "pattern": known.pattern,
-                    "needed": known.components,
-                    "live_components": result["live_components"],
-                    "ci_error": result["ci_error"],
-                    "l0": result["l0"],
-                    "neuron_r2": evaluation["neuron_contributions"]["r2"],
-                    "stochastic_recon": evaluation["reconstruction"]["stochastic"],
-                    "recovered": evaluation["recovered"],
-                    "steps": evaluation["steps"],
-                }
-            )
-    return table
+    return site_rows(
+        plan,
+        found,
+        lambda evaluation, known, result: {
+            "pattern": known.pattern,
+            "needed": known.components,
+            "live_components": result["live_components"],
+            "ci_error": result["ci_error"],
+            "l0": result["l0"],
+            "neuron_r2": evaluation["neuron_contributions"]["r2"],
+            "stochastic_recon": evaluation["reconstruction"]["stochastic"],
+            "recovered": evaluation["recovered"],
+            "steps": evaluation["steps"],
+        },
+    )
 
 
 def draw(rows: list[Row], folder: Path) -> Figure:

@@ -25,7 +25,7 @@ from spd_fast.studies.importance import IMPORTANCE
 from spd_fast.studies.robustness import ROBUSTNESS
 from spd_fast.studies.scaling import check_memory, scaling
 from spd_fast.studies.splitting import SPLITTING
-from spd_fast.studies.study import Options, Plan, Study, write_results
+from spd_fast.studies.study import QUICK_MLP, Options, Plan, Study, write_results
 from spd_fast.studies.variants import VARIANTS
 from spd_fast.train import set_keys
 
@@ -61,9 +61,6 @@ STUDIES: dict[str, Study] = {
     study.name: study for study in (SPLITTING, ROBUSTNESS, IMPORTANCE, VARIANTS, CONVERGENCE)
 }
 QUICK_TMS = ["steps=300", "batch_size=512", "target.steps=1500", "target.batch_size=512"]
-QUICK_MLP = [
-    "steps=20", "batch_size=256", "target.steps=60", "target.batch_size=256", "target.d_embed=200",
-]  # fmt: skip
 
 
 def folder_of(name: str) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from spd_fast.experiments import Outcome, configuration, expected_sites, recipe
 from spd_fast.report.style import axes_at, color, figure, legend_below, series, style
-from spd_fast.studies.study import Cell, Plan, Row, Study
+from spd_fast.studies.study import Cell, Plan, Row, Study, site_rows
 from spd_fast.train import set_keys
 
 __all__ = ["MULTIPLES", "NETWORKS", "SPLITTING"]
@@ -40,27 +40,19 @@ def plan(quick: bool, seeds: Sequence[int]) -> Plan:
 
 def rows(plan: Plan, found: Mapping[str, Outcome]) -> list[Row]:
     """A row a run and site."""
-    table: list[Row] = []
-    for key, cell in plan.items():
-        evaluation = found[key].evaluation if key in found else None
-        if evaluation is None:
-            continue
-        for site, known in expected_sites(cell.config).items():
-            result = evaluation["sites"][site]
-            table.append(
-                cell.points[0]
-                | {
-                    "site": site,
-                    "needed": known.components,
-                    "components": result["components"],
-                    "live_components": result["live_components"],
-                    "ci_error": result["ci_error"],
-                    "recovered": evaluation["recovered"],
-                    "target_represents_all_features": evaluation["target_represents_all_features"],
-                    "steps": evaluation["steps"],
-                }
-            )
-    return table
+    return site_rows(
+        plan,
+        found,
+        lambda evaluation, known, result: {
+            "needed": known.components,
+            "components": result["components"],
+            "live_components": result["live_components"],
+            "ci_error": result["ci_error"],
+            "recovered": evaluation["recovered"],
+            "target_represents_all_features": evaluation["target_represents_all_features"],
+            "steps": evaluation["steps"],
+        },
+    )
 
 
 def draw(rows: list[Row], _: Path) -> Figure:

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from spd_fast._files import write_bytes
 from spd_fast.errors import UserError
-from spd_fast.experiments import Outcome, run_grid
+from spd_fast.evaluate import Expected
+from spd_fast.experiments import Outcome, expected_sites, run_grid
 from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.report.style import drawing, png
 
 __all__ = [
+    "QUICK_MLP",
     "Cell",
     "Options",
     "Plan",
@@ -25,11 +27,16 @@ __all__ = [
     "Study",
     "check_folder",
     "run_study",
+    "site_rows",
     "write_csv",
     "write_results",
 ]
 
 Row = dict[str, Any]
+# A residual MLP in small.
+QUICK_MLP = [
+    "steps=30", "batch_size=256", "target.steps=60", "target.batch_size=256", "target.d_embed=200",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,21 @@ class Options:
     backend: str | None = None
     jobs: int = 1
     quiet: bool = False
+
+
+def site_rows(
+    plan: Plan,
+    found: Mapping[str, Outcome],
+    values: Callable[[dict[str, Any], Expected, dict[str, Any]], Row],
+) -> list[Row]:
+    """A row a finished run and site: the run's labels, the site, and ``values`` of the evaluation,
+    of what is known about the site and of what was found there."""
+    return [
+        cell.points[0] | {"site": site} | values(evaluation, known, evaluation["sites"][site])
+        for key, cell in plan.items()
+        if key in found and (evaluation := found[key].evaluation) is not None
+        for site, known in expected_sites(cell.config).items()
+    ]
 
 
 def check_folder(out: Path, name: str) -> None:

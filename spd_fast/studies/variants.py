@@ -12,9 +12,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from spd_fast.experiments import Outcome, configuration, expected_sites, recipe
-from spd_fast.report.style import axes_at, color, figure, series, style
-from spd_fast.studies.study import Cell, Plan, Row, Study
+from spd_fast.experiments import Outcome, configuration, recipe
+from spd_fast.report.style import axes_at, color, figure, legend_below, series, style
+from spd_fast.studies.study import QUICK_MLP, Cell, Plan, Row, Study
 from spd_fast.train import set_keys
 
 __all__ = ["NETWORK", "ROBUST", "STEPS", "VARIANTS", "VARIANTS_OF"]
@@ -37,9 +37,6 @@ VARIANTS_OF: dict[str, tuple[str, ...]] = {
     "p = 1, coefficient ÷ 4": (f"{_MINIMALITY}.coeff=5.0e-6", f"{_MINIMALITY}.p=1"),
     ROBUST: (),
 }
-QUICK = [
-    "steps=30", "batch_size=256", "target.steps=60", "target.batch_size=256", "target.d_embed=200",
-]  # fmt: skip
 
 
 def plan(quick: bool, seeds: Sequence[int]) -> Plan:
@@ -47,7 +44,7 @@ def plan(quick: bool, seeds: Sequence[int]) -> Plan:
     runs: Plan = {}
     for variant in list(VARIANTS_OF)[:2] if quick else VARIANTS_OF:
         for seed in seeds:
-            changes = [*VARIANTS_OF[variant], *(QUICK if quick else [f"steps={STEPS}"])]
+            changes = [*VARIANTS_OF[variant], *(QUICK_MLP if quick else [f"steps={STEPS}"])]
             data = recipe(f"{NETWORK}-robust" if variant == ROBUST else NETWORK)
             config = configuration(set_keys(data, [*changes, f"seed={seed}"]))
             key = f"{variant.replace(' ', '_').replace('÷', 'by').replace('×', 'times')}-seed{seed}"
@@ -61,18 +58,13 @@ def rows(plan: Plan, found: Mapping[str, Outcome]) -> list[Row]:
     for key, cell in plan.items():
         if key not in found:
             continue
-        evaluation = found[key].evaluation
-        sites = (
-            [evaluation["sites"][site] for site in expected_sites(cell.config)]
-            if evaluation
-            else []
-        )
-        neurons = evaluation["neuron_contributions"] if evaluation else {}
+        evaluation = found[key].evaluation or {"sites": {}, "neuron_contributions": {}}
+        sites, neurons = list(evaluation["sites"].values()), evaluation["neuron_contributions"]
         table.append(
             cell.points[0]
             | {
                 "steps": cell.config.steps,
-                "diverged": evaluation is None,
+                "diverged": found[key].diverged is not None,
                 "live_components": " ".join(str(s["live_components"]) for s in sites),
                 "ci_error": " ".join(str(s["ci_error"]) for s in sites),
                 "errors": sum(s["ci_error"] for s in sites) if sites else None,
@@ -106,10 +98,7 @@ def draw(rows: list[Row], _: Path) -> Figure:
         ax.set_title(title, fontsize=10, color=color("ink"))
         if i == 0 and ax.lines:
             ax.set_xlim(left=-0.5)
-            fig.legend(
-                *ax.get_legend_handles_labels(), loc="lower left", ncols=5, frameon=False,
-                labelcolor=color("ink"),
-            )  # fmt: skip
+            legend_below(fig, ax, columns=5)
     return fig
 
 
