@@ -1,4 +1,8 @@
-"""Rank-one components of a site: V [d_in, C] and U [C, d_out], W ≈ (V U)ᵀ."""
+"""Rank-one components of a site: V [d_in, C] and U [C, d_out], W ≈ (V U)ᵀ.
+
+``init`` says how they start: ``paper`` and ``2026`` as the authors' codes do, from random numbers;
+``inputs`` from what the site reads (:func:`spread_directions`).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from spd_fast.model.sites import Site
 
 __all__ = ["INITS", "Components", "Init", "TiedComponents"]
 
-Init = Literal["paper", "2026"]
-INITS: tuple[Init, ...] = ("paper", "2026")
+Init = Literal["paper", "2026", "inputs"]
+INITS: tuple[Init, ...] = ("paper", "2026", "inputs")
 
 
 def _paper_init(site: Site, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -34,16 +38,57 @@ def _2026_init(site: Site, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return V, U
 
 
+def spread_directions(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` unit vectors [d, count] among the directions of the rows of ``x`` [n, d].
+
+    One row after the other is drawn, with probability in proportion to 1 − max cos² of its angle to
+    those drawn before, so that every direction that occurs is near one of them: the seeding of
+    k-means++ (Arthur and Vassilvitskii, 2007) with lines for points. Once nothing new is left the
+    rest are random.
+    """
+    x = x.detach().to("cpu", torch.float32)
+    chosen = torch.randn(x.shape[1], count, generator=generator)
+    chosen /= chosen.norm(dim=0, keepdim=True)
+    norms = x.norm(dim=1, keepdim=True)
+    rows = (x / norms.clamp_min(torch.finfo(torch.float32).tiny))[norms[:, 0] > 0]
+    apart = torch.ones(len(rows))
+    for k, drawn in enumerate(torch.rand(count, generator=generator).tolist()):
+        apart = apart.where(apart > NEAR, 0.0)
+        total = apart.cumsum(0, dtype=torch.float64)
+        if len(rows) == 0 or total[-1] == 0:
+            break
+        chosen[:, k] = v = rows[torch.searchsorted(total, drawn * total[-1], right=True)]
+        apart = torch.minimum(apart, 1 - (rows @ v).square())
+    return chosen
+
+
+# Two directions whose sine² is below this count as one.
+NEAR = 1e-4
+
+
 class Components(nn.Module):
-    """The parameters V and U of one site."""
+    """The parameters V and U of one site. With init ``inputs`` those of ``paper``, until
+    :meth:`start_from` is called."""
 
     def __init__(self, site: Site, init: Init, generator: torch.Generator) -> None:
         super().__init__()
         if init not in INITS:
             raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
-        V, U = (_paper_init if init == "paper" else _2026_init)(site, generator)
+        V, U = (_2026_init if init == "2026" else _paper_init)(site, generator)
         self.V = nn.Parameter(V.to(site.weight))
         self.U = nn.Parameter(U.to(site.weight))
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor, site: Site, generator: torch.Generator) -> None:
+        """v_c: directions of the site's inputs ``x`` [n, d_in]. u_c = α W v_c, with the α that
+        brings Σ_c v_c u_cᵀ nearest to Wᵀ."""
+        weight = site.weight.to("cpu", torch.float32)
+        V = spread_directions(x, site.components, generator)
+        U = V.T @ weight.T
+        total = V @ U
+        scale = (total * weight.T).sum() / total.square().sum().clamp_min(1e-30)
+        self.V.copy_(V)
+        self.U.copy_(scale * U)
 
 
 class TiedComponents(nn.Module):

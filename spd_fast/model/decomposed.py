@@ -106,6 +106,10 @@ class _BySite(nn.ModuleDict):
         self._modules[key] = module
 
 
+# Positions whose inputs components start from, where they do.
+POSITIONS = 8192
+
+
 class DecomposedModel(SiteModel):
     """A target network whose sites are decomposed into rank-one components.
 
@@ -125,7 +129,8 @@ class DecomposedModel(SiteModel):
         sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.
         gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``,
             ``interpolated`` within 1e-5, or ``auto``: the faster of the two on this backend.
-        init: preset of the initialisation of V and U, ``paper`` or ``2026``.
+        init: of V and U: ``paper`` or ``2026``, random as in the authors' codes, or ``inputs``:
+            directions in which the sites' inputs lie, once :meth:`start_from_inputs` has some.
         delta: whether stochastic masks include the weight delta.
         output: which tensor of what the target returns is its output: a field name such as
             ``"logits"``, an index, a dotted path of both, or a function; None where it returns a
@@ -245,6 +250,29 @@ class DecomposedModel(SiteModel):
         network = self.ci_fns[_GLOBAL]
         assert isinstance(network, (GlobalMLP, TransformerCI))
         return network
+
+    @torch.no_grad()
+    def start_from_inputs(self, batches: Iterable[Any], seed: int = 0) -> None:
+        """Start V and U of every site anew from its inputs on ``batches``, of which no more are
+        taken than 8,192 positions need (:meth:`Components.start_from`). Sites of token ids, which
+        have no directions, stay as they are.
+
+        Raises:
+            UserError: as :meth:`clean_forward` does.
+        """
+        inputs: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            clean = self.clean_forward(batch)
+            for name, site in self.sites.items():
+                if site.kind != "embedding" and site.tied_to is None:
+                    inputs.setdefault(name, []).append(clean.inputs[name].flatten(0, -2).cpu())
+            if not inputs or all(sum(map(len, xs)) >= POSITIONS for xs in inputs.values()):
+                break
+        generator = torch.Generator().manual_seed(mixed_seed(seed, "start from inputs"))
+        for name, xs in inputs.items():
+            components = self.components[_key(name)]
+            assert isinstance(components, Components)
+            components.start_from(torch.cat(xs)[:POSITIONS], self.sites[name], generator)
 
     def clean_forward(self, batch: Any) -> CleanForward:
         """The target's forward, with every site's input captured by reference (no copy).

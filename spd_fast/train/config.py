@@ -208,7 +208,7 @@ class RunConfig(TrainConfig):
     ci_transformer: TransformerConfig | None = None
     gate_eval: Literal["auto", "exact", "interpolated"] = "auto"
     sigmoid: Annotated[Literal["paper", "2026", "hard", "normal"], NAME]
-    init: Annotated[Literal["paper", "2026"], NAME]
+    init: Annotated[Literal["paper", "2026", "inputs"], NAME]
     delta: bool
 
     @model_validator(mode="before")

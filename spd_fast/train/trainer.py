@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,13 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         self.graph = StepGraph(self.update, self.optimizer, seed, device, **options)
 
     def varies(self) -> str | None:
-        """What but the batch, the key and the learning rate differs between steps, so that one
-        step's recording is no other's; None where nothing does."""
+        """What but the batch, the key, the learning rate and annealed numbers differs between
+        steps, so that one step's recording is no other's; None where nothing does."""
         config = self.config
         if config.accumulation > 1 or config.activation_checkpointing:
             return "the forwards of one step"
         if any(isinstance(o, PGD | Routing | PersistentPGD) for o in self.options.values()):
             return "adversarial sources or routing"
-
-        def at(fraction: float) -> Any:
-            minimality = config.losses.importance_minimality
-            return config.losses.coefficients(fraction), minimality.penalty_at(fraction)
-
-        if any(at(i / 100) != at(0.0) for i in range(101)):
-            return "coefficients or penalty"
         return None
 
     def groups(self) -> list[list[nn.Parameter]]:
@@ -118,10 +112,14 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         fraction = index / self.config.steps
         self.coefficients = {name: term.coeff_at(fraction) for name, term in self.terms.items()}
         batch = self.batches(index)
-        return self.update(batch, index) if self.graph is None else self.graph.run(index, batch)
+        if self.graph is None:
+            return self.update(batch, index)
+        penalty = self.config.losses.importance_minimality.penalty_at(fraction)
+        return self.graph.run(index, batch, (tuple(self.coefficients.items()), penalty))
 
     def update(self, batch: Any, index: int = 0) -> tuple[dict[str, Tensor], Step]:
-        """All of a step that computes. A recorded one is every step, whatever its ``index``."""
+        """All of a step that computes. A recorded one is every step of the same coefficients and
+        penalty, whatever its ``index``."""
         cut = pieces(batch, self.config.accumulation)
         key = None if self.graph is None else self.graph.key
         only = self.forwards(index, cut[0], key) if len(cut) == 1 else None
@@ -264,7 +262,10 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
                 )
 
     def warm_up(self) -> None:
-        """Faithfulness alone, on V and U; its optimiser's moments are then forgotten."""
+        """The start from inputs, where the model asks for one; then faithfulness alone, on V and U;
+        its optimiser's moments are then forgotten."""
+        if self.model.options["init"] == "inputs":
+            self.model.start_from_inputs(map(self.batches, count()), self.config.seed)
         warm_up = self.config.warm_up
         groups = [
             [p for p in group if id(p) in self._of_components]

@@ -69,6 +69,23 @@ def test_a_schedule_reaches_the_recorded_steps():
         torch.testing.assert_close(state(ours)[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_annealed_steps_run_unrecorded_and_the_others_do_not():
+    # Of 24 steps those from 8 to 16 differ from each other in p and in a coefficient.
+    annealed = {
+        **CONSTANT, "steps": 24,
+        "minimality": {"coeff": 1e-2, "coeff_final": 1e-3, "coeff_anneal_start": 1 / 3,
+                       "coeff_anneal_end": 2 / 3, "p": 2.0, "p_final": 1.0,
+                       "p_anneal_start": 1 / 3, "p_anneal_end": 2 / 3},
+    }  # fmt: skip
+    recorder = Recorder()
+    plain, ours = trainer(**annealed), captured(recorder, **annealed)
+    plain.fit()
+    ours.fit()
+    assert_same(state(ours), state(plain))
+    # Steps 0-8 and 16-23 are alike, the first three of each as they are.
+    assert (recorder.recorded, recorder.replayed) == (2, 6 + 5)
+
+
 def test_a_recorded_step_reads_batch_key_and_rate_where_they_were(tmp_path):
     seen = []
     plain = trainer(**CONSTANT)
@@ -165,7 +182,6 @@ def test_another_batch_size_is_recorded_anew():
     ("changes", "reason"),
     [
         ({}, None),
-        ({"minimality": {"p": 2, "p_final": 1}}, "coefficients or penalty"),
         ({"batch_size": 8, "accumulation": 2}, "the forwards of one step"),
         ({"activation_checkpointing": True}, "the forwards of one step"),
         ({"losses": {"pgd_recon": {"coeff": 1, "pgd_steps": 3, "step_size": 0.1}}},
@@ -183,7 +199,7 @@ def test_on_a_cpu_nothing_is_recorded():
 def test_learning_rates_become_tensors_of_their_own():
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = torch.optim.AdamW([{"params": [w]} for w in weights], lr=0.5)
-    StepGraph(lambda batch: batch, optimizer, 0, torch.device("cpu"))
+    StepGraph(lambda batch, step: batch, optimizer, 0, torch.device("cpu"))
     rates = [group["lr"] for group in optimizer.param_groups]
     assert [float(r) for r in rates] == [0.5, 0.5]
     assert rates[0] is not rates[1]
