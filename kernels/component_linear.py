@@ -34,7 +34,7 @@ from torch import Tensor
 
 from spd_fast.kernels import random, regimes
 from spd_fast.kernels.configs import Config, by_divisibility, launch, operand_class, pick
-from spd_fast.kernels.product import addmm, mm, precision, product_tile, tile_of
+from spd_fast.kernels.product import addmm, dot, mm, precision, product_tile, tile_of
 
 # How r is known: m = 1 or g, a tensor, drawn, drawn and rounded to {0, 1}.
 SOURCE = {"none": 0, "given": 1, "uniform": 2, "binomial": 3}
@@ -214,7 +214,7 @@ def small_forward_kernel(
         a = tl.where(routed[:, None], h * (m - d[:, None]), 0.0)
         u_at = cols[:, None] * u_row + outs[None, :] * u_col  # [BC, BO]
         u = tl.load(U + u_at, mask=(cols < C)[:, None] & in_outs, other=0.0)
-        total = tl.dot(a.to(u.dtype), u, total, input_precision=PRECISION)
+        total = dot(a.to(u.dtype), u, total, PRECISION)
     if DELTA != 0 or ROUTING:
         original = product_tile(x, x_row, x_col, W, w_col, w_row, rows, outs, N, d_out, d_in,
                                 BLOCK_N, BLOCK_O, BLOCK_K, PRECISION)  # fmt: skip

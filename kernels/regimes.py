@@ -11,8 +11,12 @@ from spd_fast.kernels.configs import operand_class
 CHUNK_ELEMENTS = 2**26
 # Where they are not: 32 MiB, still wide enough for the library's products.
 NARROW_ELEMENTS = 2**24
-# Below this many multiply-adds a launch costs more than the arithmetic: one kernel does it all.
+# Below this many multiply-adds a launch costs more than the arithmetic: one kernel does it all,
 SMALL_PRODUCTS = 2**29
+# unless a program would take more steps of its loops than this, one after the other, while most of
+# the device has nothing to do.
+SMALL_STEPS = 32
+STEP = 16
 # Inner sizes up to which a tile product that saves one trip of its result through memory beats
 # the library's product (docs/kernels.md, "prologue or write once").
 IN_KERNEL_DEPTH = 768
@@ -27,23 +31,30 @@ def chunks(N: int, C: int, elements: int) -> list[tuple[int, int]]:
     return [(first, min(size, C - first)) for first in range(0, C, size)]
 
 
-def _tiny(N: int, C: int, depth: int) -> bool:
-    return N * C * depth <= SMALL_PRODUCTS
+def _steps(size: int) -> int:
+    return -(-size // STEP)
+
+
+def _tiny(N: int, C: int, depth: int, steps: int) -> bool:
+    return N * C * depth <= SMALL_PRODUCTS and steps <= SMALL_STEPS
 
 
 def gate_product_in_kernel(x: Tensor, C: int) -> bool:
     N, d_in = x.shape
     # fp32 products off the matrix units are for toys only: the library's blocking is far better.
-    return _tiny(N, C, d_in) or (operand_class(x) == "mma" and d_in <= IN_KERNEL_DEPTH)
+    return _tiny(N, C, d_in, _steps(d_in)) or (
+        operand_class(x) == "mma" and d_in <= IN_KERNEL_DEPTH
+    )
 
 
 def small(x: Tensor, C: int, d_out: int, product: bool) -> bool:
     """One kernel for the whole forward: both products, mask and sum on chip."""
-    return _tiny(x.shape[0], C, d_out + (x.shape[1] if product else 0))
+    d_in = x.shape[1] if product else 0
+    return _tiny(x.shape[0], C, d_out + d_in, _steps(C) * (1 + _steps(d_in)))
 
 
 def dual_in_kernel(x: Tensor, C: int, depth: int) -> bool:
     """x V (if needed) and ȳ Uᵀ as tile products inside the masking kernel."""
-    return _tiny(x.shape[0], C, depth) or (
+    return _tiny(x.shape[0], C, depth, _steps(depth)) or (
         operand_class(x) == "mma" and depth <= IN_KERNEL_DEPTH_DUAL
     )

@@ -7,6 +7,7 @@ The script that the sanitizer watches; ``run(device)`` is the same in the interp
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,9 @@ def main() -> None:
 
     for name, settings in REGIMES.items():
         for dtype in DTYPES:
-            with mock.patch.multiple(regimes, **settings):
+            with contextlib.ExitStack() as stack:
+                for setting, value in settings.items():
+                    stack.enter_context(mock.patch.object(regimes, setting, value))
                 total = run("cuda", dtype)
             torch.cuda.synchronize()
             assert total.isfinite(), (name, dtype)
