@@ -33,7 +33,7 @@ ROUNDS = 15
 # Above this many elements the gate keeps no inner activations, and the layer asks for none.
 STREAMED = 2**28
 # Partial sums of the gate's backward: columns of [groups, fields, chunk] over all groups.
-PARTIAL_COLUMNS = 4096 * 32
+PARTIAL_COLUMNS = 4096 * 16
 
 
 @dataclass(frozen=True)

@@ -172,30 +172,38 @@ def _forward(
 
 
 @triton.jit
+def _add(sums, value, in_cols, start):
+    """``value`` [BC] on what this program has left at ``sums`` in its earlier row tiles."""
+    before = tl.load(sums, mask=in_cols & (start > 0), other=0.0)
+    tl.store(sums, before + value, mask=in_cols)
+
+
+@triton.jit
 def gate_backward_kernel(
     inner, grad_inner, grad_lower, grad_sum, h_bar, partial, w_in, b_in, w_out, b_out,
     N, first, count, tiles, gi_row, gi_col, gl_row, gl_col, in_row, in_col, power, eps,
-    HIDDEN: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
-    POWER: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_LOWER: tl.constexpr,
+    HIDDEN: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr, POWER: tl.constexpr,
+    GRAD_INNER: tl.constexpr, GRAD_LOWER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """h̄ [N, count] of components first … first + count, and sums over this program's row tiles.
 
-    A program takes ``tiles`` row tiles in turn and keeps its sums in registers, neuron by neuron in
-    the rows of [PADDED, BLOCK_C] accumulators: one write a program instead of one a tile.
+    A program takes ``tiles`` row tiles in turn and adds to its own sums, neuron by neuron, in
+    memory (in truth in the caches). One warp: a thread holds several rows of a column, so that a
+    sum over rows is additions in registers and few exchanges, not a trip through shared memory and
+    two barriers a neuron.
     """
     group = tl.program_id(0)
     local = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     cols = first + local
     in_cols = local < count
-    neurons = tl.arange(0, PADDED)
-    s_sum = tl.zeros((BLOCK_C,), tl.float32)
-    w_sum = tl.zeros((PADDED, BLOCK_C), tl.float32)
-    b_sum = tl.zeros((PADDED, BLOCK_C), tl.float32)
-    o_sum = tl.zeros((PADDED, BLOCK_C), tl.float32)
+    # [group, field, count]: b_out, then w_in, b_in and w_out of every neuron (one w_out if linear).
+    FIELDS: tl.constexpr = 3 * HIDDEN + 1 if HIDDEN > 0 else 2
+    sums = partial + group.to(tl.int64) * FIELDS * count + local
 
     first_row = group.to(tl.int64) * tiles * BLOCK_N
     for start in range(0, tl.minimum(tiles * BLOCK_N, N - first_row), BLOCK_N):
+        tl.debug_barrier()  # the last tile's sums are there
         rows = first_row + start + tl.arange(0, BLOCK_N)
         inside = (rows < N)[:, None] & in_cols[None, :]
         r, c = rows[:, None], cols[None, :]
@@ -216,9 +224,9 @@ def gate_backward_kernel(
             gi_at = r * gi_row + c * gi_col
             out = tl.load(grad_inner + gi_at, mask=inside, other=0.0).to(tl.float32)
 
-        s_sum += tl.sum(s_bar, axis=0)
+        _add(sums, tl.sum(s_bar, axis=0), in_cols, start)
         if HIDDEN == 0:  # linear gate
-            o_sum += tl.sum(s_bar * h, axis=0)[None, :]
+            _add(sums + count, tl.sum(s_bar * h, axis=0), in_cols, start)
             out += s_bar * tl.load(w_out + cols, mask=in_cols, other=0.0)[None, :]
         for j in range(HIDDEN):
             at = cols * HIDDEN + j
@@ -229,24 +237,11 @@ def gate_backward_kernel(
             value, slope = scalar.gelu_with_slope(z)
             z_bar = s_bar * o * slope  # [BN, BC]
             out = tl.fma(z_bar, tl.zeros_like(h) + w, out)
-            here = (neurons == j)[:, None]
-            w_sum += tl.where(here, tl.sum(z_bar * h, axis=0)[None, :], 0.0)
-            b_sum += tl.where(here, tl.sum(z_bar, axis=0)[None, :], 0.0)
-            o_sum += tl.where(here, tl.sum(s_bar * value, axis=0)[None, :], 0.0)
+            field = sums + (1 + j) * count
+            _add(field, tl.sum(z_bar * h, axis=0), in_cols, start)
+            _add(field + HIDDEN * count, tl.sum(z_bar, axis=0), in_cols, start)
+            _add(field + 2 * HIDDEN * count, tl.sum(s_bar * value, axis=0), in_cols, start)
         tl.store(h_bar + r * count + local[None, :], out.to(h_bar.dtype.element_ty), mask=inside)
-
-    # [group, field, count]: b_out, then w_in, b_in and w_out of every neuron (one w_out if linear).
-    FIELDS: tl.constexpr = 3 * HIDDEN + 1 if HIDDEN > 0 else 2
-    base = partial + group.to(tl.int64) * FIELDS * count + local
-    tl.store(base, s_sum, mask=in_cols)
-    field = base[None, :] + (1 + neurons[:, None]) * count  # [PADDED, BC]
-    if HIDDEN == 0:
-        tl.store(field, o_sum, mask=(neurons == 0)[:, None] & in_cols[None, :])
-    else:
-        written = (neurons < HIDDEN)[:, None] & in_cols[None, :]
-        tl.store(field, w_sum, mask=written)
-        tl.store(field + HIDDEN * count, b_sum, mask=written)
-        tl.store(field + 2 * HIDDEN * count, o_sum, mask=written)
 
 
 # Programs of one backward launch: about four waves of what an H200 holds at a time. More row tiles
@@ -260,14 +255,6 @@ def backward_groups(N: int, count: int, block_n: int, block_c: int) -> tuple[int
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(count, block_c))
     tiles = triton.cdiv(row_tiles, min(wanted, row_tiles))
     return triton.cdiv(row_tiles, tiles), tiles
-
-
-def backward_class(hidden: int) -> str:
-    """Which configurations fit: PADDED · BLOCK_C sums of each kind are a program's registers."""
-    for widest, name in ((16, "any"), (128, "wide"), (512, "wider"), (1024, "widest")):
-        if hidden <= widest:
-            return name
-    raise ValueError(f"a gate of {hidden} hidden neurons: the kernels take up to 1024")
 
 
 def _backward_chunk(
@@ -292,14 +279,14 @@ def _backward_chunk(
         launch(
             gate_backward_kernel, h, (groups, triton.cdiv(count, block_c)), h, gi, gl, gp, h_bar,
             partial, *gate, N, first, count, tiles, *gi.stride(), *gl.stride(), *h.stride(),
-            float(power), float(eps), HIDDEN=H, PADDED=triton.next_power_of_2(max(H, 1)),
+            float(power), float(eps), HIDDEN=H,
             GRAD_INNER=grad_inner is not None, GRAD_LOWER=grad_lower is not None, **special,
             config=config,
         )  # fmt: skip
 
     vectors = gate if grad_penalty is None else (*gate, grad_penalty)
     operands = by_divisibility(
-        "gate_backward", backward_class(H), count, h, grad_inner, grad_lower,
+        "gate_backward", "any", count, h, grad_inner, grad_lower,
         *(t.data_ptr() for t in vectors),
     )  # fmt: skip
     run(pick("gate_backward", operands, h, (N, count, H), run))

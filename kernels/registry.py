@@ -26,7 +26,7 @@ from spd_fast.kernels.configs import CONFIGS, Config, by_divisibility
 _OPERANDS = {
     "mma": (("bf16", "ieee"), ("fp32", "tf32")),
     "ieee": (("fp32", "ieee"),),
-    **dict.fromkeys(("any", "wide", "wider", "widest"), (("bf16", "ieee"), ("fp32", "ieee"))),
+    "any": (("bf16", "ieee"), ("fp32", "ieee")),
 }
 _GATE_POINTERS = {"w_in", "b_in", "w_out", "b_out"}
 _FP32_POINTERS = {
@@ -164,7 +164,7 @@ _ADVERSARY = {**_MODEL, "WRITE_R": True, "WRITE_D": True}
 def _of_bf16_gates() -> Iterator[Case]:
     """The shipped defaults for a whole model in bf16, its gates' parameters too."""
     forward = {**_GENERAL, "COUNT": True}
-    backward = {**_GENERAL, "GRAD_INNER": True, "GRAD_LOWER": True, "PADDED": _GENERAL["HIDDEN"]}
+    backward = {**_GENERAL, "GRAD_INNER": True, "GRAD_LOWER": True}
     for name, kernel, operands, constants in (
         ("gate_forward", gate.gate_forward_kernel, "mma", {**forward, "PRODUCT": True}),
         ("gate_forward", gate.gate_forward_kernel, "any", {**forward, "PRODUCT": False}),
@@ -199,11 +199,10 @@ def cases() -> Iterator[Case]:
             {**_GIVEN, **products, **_ADVERSARY},
         )  # fmt: skip
     both = {"GRAD_INNER": True, "GRAD_LOWER": True}
-    for operands, hidden in (("any", 16), ("wide", 128), ("wider", 512), ("widest", 1024)):
-        wide = {**both, "HIDDEN": hidden, "PADDED": hidden}
-        narrow = ({**_LINEAR, **both, "PADDED": 1}, {**_GATE, **wide}) if hidden == 16 else ()
-        yield from _each("gate_backward", gate.gate_backward_kernel, operands, *narrow,
-                         {**_GENERAL, **wide})  # fmt: skip
+    yield from _each(
+        "gate_backward", gate.gate_backward_kernel, "any",
+        {**_LINEAR, **both}, {**_GATE, **both}, {**_GENERAL, **both},
+    )  # fmt: skip
     yield from _of_bf16_gates()
     for operands in ("mma", "ieee"):
         yield from _each(

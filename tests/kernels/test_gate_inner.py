@@ -21,25 +21,22 @@ def test_results_and_gradients_are_the_oracles(hidden, sigmoid):
     )  # fmt: skip
 
 
-def test_the_wider_gates_are_the_oracles():
-    from spd_fast.kernels.gate import backward_class
-
-    assert backward_class(130) == "wider"
+def test_a_wide_gate_is_the_oracles():
     assert_matches_oracle(
         cases.runner("paper", cases.LP, "triton"), cases.truth("paper", cases.LP),
         cases.make_inputs(3, 2, (130,)), cases.incoming(3, 2), torch.float32,
     )  # fmt: skip
 
 
-def test_tiles_of_the_widest_gates_are_the_oracles(monkeypatch):
+@pytest.mark.parametrize("hidden", [(), (5,)])
+def test_sums_over_several_row_tiles_are_the_oracles(monkeypatch, hidden):
     from spd_fast.kernels import gate as kernels
 
-    assert kernels.backward_class(520) == "widest"
-    # With few neurons: the interpreter takes seconds for hundreds.
-    monkeypatch.setattr(kernels, "backward_class", lambda _: "widest")
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    assert kernels.backward_groups(150, 16, 32, 16) == (2, 3)
     assert_matches_oracle(
         cases.runner("paper", cases.LP, "triton"), cases.truth("paper", cases.LP),
-        cases.make_inputs(70, 19, (5,)), cases.incoming(70, 19), torch.float32,
+        cases.make_inputs(150, 16, hidden), cases.incoming(150, 16), torch.float32,
     )  # fmt: skip
 
 

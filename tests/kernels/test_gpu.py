@@ -163,8 +163,8 @@ def assert_right(
     t: dict[str, Tensor], dtype: torch.dtype, loss: Loss = layer,
     fixed: tuple[str, ...] = ("weight",), floor: float | None = None,
 ) -> None:  # fmt: skip
-    """Every error of ours is at most twice that of the eager reference in the same dtype; ``floor``:
-    what a scalar may be off whatever that is."""
+    """Every error of ours is at most twice that of the eager reference in the same dtype.
+    ``floor``: what a scalar may be off whatever that is."""
     t = {k: v.to(dtype) if v.is_floating_point() else v for k, v in t.items()}
     got, eager = (gradients(t, b, dtype, loss, fixed) for b in ("triton", "reference"))
     truth = gradients(t, "reference", torch.float64, loss, fixed)
