@@ -7,7 +7,6 @@ __all__ = ["STREAMS", "mixed_seed"]
 # Purposes never share random numbers, whatever the run's seed.
 STREAMS = (
     "target", "decompose", "evaluate", "initialise target", "initialise components", "start",
-    "start from inputs",
 )  # fmt: skip
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 

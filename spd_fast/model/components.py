@@ -1,7 +1,7 @@
 """Rank-one components of a site: V [d_in, C] and U [C, d_out], W ≈ (V U)ᵀ.
 
 ``init`` says how they start: ``paper`` and ``2026`` as the authors' codes do, from random numbers;
-``inputs`` from what the site reads (:func:`spread_directions`).
+``inputs`` from what the site reads (:func:`recurring_directions`).
 """
 
 from __future__ import annotations
@@ -38,37 +38,35 @@ def _2026_init(site: Site, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return V, U
 
 
-def spread_directions(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` unit vectors [d, count] among the directions of the rows of ``x`` [n, d].
+def recurring_directions(x: Tensor, count: int) -> Tensor:
+    """Unit vectors [d, up to count] in which rows of ``x`` [n, d] lie again and again.
 
-    One row after the other is drawn, with probability in proportion to 1 − max cos² of its angle to
-    those drawn before, so that every direction that occurs is near one of them: the seeding of
-    k-means++ (Arthur and Vassilvitskii, 2007) with lines for points. Once nothing new is left the
-    rest are random.
+    The row that recurs most often (cos² ≥ 0.9 to another) is taken, what lies near it (cos² ≥ 1/3)
+    is struck out, and so on. It ends where a direction recurs less than a quarter as often as the
+    first, or at ``count`` or d of them.
     """
     x = x.detach().to("cpu", torch.float32)
-    chosen = torch.randn(x.shape[1], count, generator=generator)
-    chosen /= chosen.norm(dim=0, keepdim=True)
     norms = x.norm(dim=1, keepdim=True)
     rows = (x / norms.clamp_min(torch.finfo(torch.float32).tiny))[norms[:, 0] > 0]
-    apart = torch.ones(len(rows))
-    for k, drawn in enumerate(torch.rand(count, generator=generator).tolist()):
-        apart = apart.where(apart > NEAR, 0.0)
-        total = apart.cumsum(0, dtype=torch.float64)
-        if len(rows) == 0 or total[-1] == 0:
+    left = torch.ones(len(rows), dtype=torch.bool)
+    again = torch.cat([(r @ rows.T).square_() >= 0.9 for r in rows.split(1024)] or [left[:, None]])
+    recurs = again.sum(1)
+    least = int(recurs.max()) / 4 if len(rows) else 0
+    chosen: list[int] = []
+    while len(chosen) < min(count, x.shape[1]) and left.any():
+        row = int(recurs.argmax())
+        if recurs[row] < least:
             break
-        chosen[:, k] = v = rows[torch.searchsorted(total, drawn * total[-1], right=True)]
-        apart = torch.minimum(apart, 1 - (rows @ v).square())
-    return chosen
-
-
-# Two directions whose sine² is below this count as one.
-NEAR = 1e-4
+        chosen.append(row)
+        covered = left & ((rows @ rows[row]).square() >= 1 / 3)
+        recurs -= again[:, covered].sum(1)
+        left &= ~covered
+    return rows[chosen].T
 
 
 class Components(nn.Module):
     """The parameters V and U of one site. With init ``inputs`` those of ``paper``, until
-    :meth:`start_from` is called."""
+    :meth:`start_from` replaces the first of them."""
 
     def __init__(self, site: Site, init: Init, generator: torch.Generator) -> None:
         super().__init__()
@@ -79,16 +77,16 @@ class Components(nn.Module):
         self.U = nn.Parameter(U.to(site.weight))
 
     @torch.no_grad()
-    def start_from(self, x: Tensor, site: Site, generator: torch.Generator) -> None:
-        """v_c: directions of the site's inputs ``x`` [n, d_in]. u_c = α W v_c, with the α that
-        brings Σ_c v_c u_cᵀ nearest to Wᵀ."""
+    def start_from(self, x: Tensor, site: Site) -> None:
+        """The first components read directions that recur among the site's inputs ``x``
+        [n, d_in]; u_c = α W v_c for them, with the α that brings Σ_c v_c u_cᵀ nearest to Wᵀ."""
         weight = site.weight.to("cpu", torch.float32)
-        V = spread_directions(x, site.components, generator)
+        V = recurring_directions(x, site.components)
         U = V.T @ weight.T
         total = V @ U
         scale = (total * weight.T).sum() / total.square().sum().clamp_min(1e-30)
-        self.V.copy_(V)
-        self.U.copy_(scale * U)
+        self.V[:, : V.shape[1]] = V.to(self.V)
+        self.U[: V.shape[1]] = (scale * U).to(self.U)
 
 
 class TiedComponents(nn.Module):

@@ -130,7 +130,8 @@ class DecomposedModel(SiteModel):
         gate_eval: how the gates of ``mlp`` at linear sites are evaluated: ``exact``,
             ``interpolated`` within 1e-5, or ``auto``: the faster of the two on this backend.
         init: of V and U: ``paper`` or ``2026``, random as in the authors' codes, or ``inputs``:
-            directions in which the sites' inputs lie, once :meth:`start_from_inputs` has some.
+            first directions that recur in the sites' inputs, once :meth:`start_from_inputs` has
+            seen some, then as ``paper``.
         delta: whether stochastic masks include the weight delta.
         output: which tensor of what the target returns is its output: a field name such as
             ``"logits"``, an index, a dotted path of both, or a function; None where it returns a
@@ -252,8 +253,8 @@ class DecomposedModel(SiteModel):
         return network
 
     @torch.no_grad()
-    def start_from_inputs(self, batches: Iterable[Any], seed: int = 0) -> None:
-        """Start V and U of every site anew from its inputs on ``batches``, of which no more are
+    def start_from_inputs(self, batches: Iterable[Any]) -> None:
+        """Let components of every site start from its inputs on ``batches``, of which no more are
         taken than 8,192 positions need (:meth:`Components.start_from`). Sites of token ids, which
         have no directions, stay as they are.
 
@@ -268,11 +269,10 @@ class DecomposedModel(SiteModel):
                     inputs.setdefault(name, []).append(clean.inputs[name].flatten(0, -2).cpu())
             if not inputs or all(sum(map(len, xs)) >= POSITIONS for xs in inputs.values()):
                 break
-        generator = torch.Generator().manual_seed(mixed_seed(seed, "start from inputs"))
         for name, xs in inputs.items():
             components = self.components[_key(name)]
             assert isinstance(components, Components)
-            components.start_from(torch.cat(xs)[:POSITIONS], self.sites[name], generator)
+            components.start_from(torch.cat(xs)[:POSITIONS], self.sites[name])
 
     def clean_forward(self, batch: Any) -> CleanForward:
         """The target's forward, with every site's input captured by reference (no copy).

@@ -265,7 +265,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
         """The start from inputs, where the model asks for one; then faithfulness alone, on V and U;
         its optimiser's moments are then forgotten."""
         if self.model.options["init"] == "inputs":
-            self.model.start_from_inputs(map(self.batches, count()), self.config.seed)
+            self.model.start_from_inputs(map(self.batches, count()))
         warm_up = self.config.warm_up
         groups = [
             [p for p in group if id(p) in self._of_components]
