@@ -16,7 +16,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -511,12 +511,25 @@ def _verdict(name: str, bar: Bar, value: float | None) -> str:
     return f"{name}: {bar}: {value:.3g}, {'met' if bar.met(value) else 'MISSED'}"
 
 
-def write(results: list[Measurement], where: dict[str, str], path: Path) -> None:
-    """The CSV: one line a measurement, with machine and versions on each."""
+def kept(path: Path, but: set[str]) -> list[dict[str, str]]:
+    """The lines that ``path`` has of workloads other than ``but``."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [line for line in csv.DictReader(file) if line["workload"] not in but]
+
+
+def write(
+    results: list[Measurement], where: dict[str, str], path: Path,
+    before: Sequence[dict[str, str]] = (),
+) -> None:  # fmt: skip
+    """The CSV: one line a measurement, with machine and versions on each; first those of
+    ``before``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
+        writer.writerows(before)
         for result in results:
             cells = {k: _cell(v) for k, v in vars(result).items()}
             failure = cells.pop("failure")
@@ -544,8 +557,10 @@ def _where(ceilings: tuple[float, float] | None) -> dict[str, str]:
     }  # fmt: skip
 
 
-def measure(out: Path, page: Path, minutes: float) -> None:
-    """Time and memory of every variant at every workload: CSV, plots, measured column, bars."""
+def measure(out: Path, page: Path, minutes: float, only: Sequence[str] = ()) -> None:
+    """Time and memory of every variant at every workload, or at ``only`` these, the others' lines
+    kept: CSV, plots, measured column, bars."""
+    before = kept(out, set(only)) if only else []
     deadline = time.monotonic() + 60 * minutes
     results: list[Measurement] = []
     times: dict[tuple[str, str], float] = {}
@@ -564,9 +579,11 @@ def measure(out: Path, page: Path, minutes: float) -> None:
         results.extend(_toy_steps())
         times.update(_step_kernels())
 
-    if failure := _attempt(toy):
+    if (not only or STEP in only) and (failure := _attempt(toy)):
         print(f"{STEP}: not measured, {failure}", flush=True)
     for work in (*WORKLOADS, *OPERATIONS):
+        if only and work.name not in only:
+            continue
         for backward in (True, False):
             if time.monotonic() > deadline:
                 print(
@@ -574,7 +591,7 @@ def measure(out: Path, page: Path, minutes: float) -> None:
                 )
                 continue
             results += _variants(work, backward, peak)
-            write(results, where, out)
+            write(results, where, out, before)
         if time.monotonic() < deadline:
             failure = _attempt(lambda w=work: times.update(_kernels(w)))  # type: ignore[misc]
             if failure:
@@ -597,6 +614,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--predict", action="store_true", help="predictions only; needs no GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu.csv")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels.md")
+    names = [STEP, *(work.name for work in (*WORKLOADS, *OPERATIONS))]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=(), metavar="WORKLOAD",
+        help=f"measure these anew, keep the lines of others; known: {', '.join(names)}",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=4, help="start nothing after that")
     options = parser.parse_args(arguments)
     if options.predict:
@@ -606,7 +628,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device to measure on; --predict needs none")
-    measure(options.out, options.page, options.minutes)
+    measure(options.out, options.page, options.minutes, options.only)
     return 0
 
 

@@ -39,7 +39,9 @@ class OperationWork:
         """The row of a launch of torch's own."""
         if operation == "index_select":
             return "embedding gather"
-        return "sort by token" if operation in ("sort", "searchsorted", "arange") else "rounding"
+        if operation in ("zeros", "zero_", "fill_"):
+            return "zero fill"
+        return "sort by token" if operation in ("sort", "searchsorted") else "rounding"
 
     def step(self, backend: str, device: str, compiled: bool = False) -> Callable[[bool], None]:
         """The forward, or forward and backward, on inputs made here."""

@@ -131,9 +131,10 @@ def _importances(a: dict[str, Any]) -> Call:
 
 
 def _embedding_backward(a: dict[str, Any]) -> Call:
-    grad, written = a["grad"], a["table_bar"].numel()
+    # Written: at most a row for each position.
+    grad, written = a["grad"], min(a["table_bar"].numel(), a["grad"].numel())
     moved = grad.element_size() * grad.numel() + 4 * written
-    moved += 8 * (a["order"].numel() + a["starts"].numel())
+    moved += 8 * sum(a[name].numel() for name in ("ordered", "order", "ends"))
     return Call("embedding gradient", moved, 0.0, grad.numel())
 
 

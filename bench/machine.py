@@ -46,11 +46,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> str:
-    """Short commit, with ``+`` where the code that is measured differs from it; where the code lies
-    without its history, what SPD_FAST_COMMIT says."""
+    """Short commit, with ``+`` where the code that is measured differs from it. A copy with another
+    history, or none, is told by SPD_FAST_COMMIT."""
+    if told := os.environ.get("SPD_FAST_COMMIT"):
+        return told
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit is None:
-        return os.environ.get("SPD_FAST_COMMIT", "unknown")
+        return "unknown"
     changed = _git("status", "--porcelain", "--", "spd_fast", "csrc", "kernels", "bench/*.py")
     return commit + ("+" if changed else "")
 

@@ -324,7 +324,7 @@ def _masked_chunk(
     """a [N, count] of one chunk of components."""
     (N, d_in), C = x.shape, count
     some_V = None if V is None else V[:, first : first + count]
-    in_kernel = inner is None and regimes.gate_product_in_kernel(x, C)
+    in_kernel = inner is None and regimes.mask_product_in_kernel(x, C)
     if inner is not None:
         h = inner[:, first : first + count]
     elif in_kernel:

@@ -172,10 +172,9 @@ def _forward(
 
 
 @triton.jit
-def _add(sums, value, in_cols, start):
-    """``value`` [BC] on what this program has left at ``sums`` in its earlier row tiles."""
-    before = tl.load(sums, mask=in_cols & (start > 0), other=0.0)
-    tl.store(sums, before + value, mask=in_cols)
+def _before(sums, in_cols, start):
+    """What this program has left at ``sums`` [BC] in its earlier row tiles."""
+    return tl.load(sums, mask=in_cols & (start > 0), other=0.0)
 
 
 @triton.jit
@@ -224,23 +223,30 @@ def gate_backward_kernel(
             gi_at = r * gi_row + c * gi_col
             out = tl.load(grad_inner + gi_at, mask=inside, other=0.0).to(tl.float32)
 
-        _add(sums, tl.sum(s_bar, axis=0), in_cols, start)
+        s_sum = _before(sums, in_cols, start) + tl.sum(s_bar, axis=0)
+        tl.store(sums, s_sum, mask=in_cols)
         if HIDDEN == 0:  # linear gate
-            _add(sums + count, tl.sum(s_bar * h, axis=0), in_cols, start)
+            o_sum = _before(sums + count, in_cols, start) + tl.sum(s_bar * h, axis=0)
+            tl.store(sums + count, o_sum, mask=in_cols)
             out += s_bar * tl.load(w_out + cols, mask=in_cols, other=0.0)[None, :]
         for j in range(HIDDEN):
+            # All loads before anything is stored: one behind a store that it may not pass waits.
             at = cols * HIDDEN + j
             w = tl.load(w_in + at, mask=in_cols, other=0.0)[None, :]
             b = tl.load(b_in + at, mask=in_cols, other=0.0)[None, :]
             o = tl.load(w_out + at, mask=in_cols, other=0.0)[None, :]
+            of_w = sums + (1 + j) * count
+            of_b, of_o = of_w + HIDDEN * count, of_w + 2 * HIDDEN * count
+            w_sum = _before(of_w, in_cols, start)
+            b_sum = _before(of_b, in_cols, start)
+            o_sum = _before(of_o, in_cols, start)
             z = tl.fma(h, tl.zeros_like(h) + w, tl.zeros_like(h) + b)
             value, slope = scalar.gelu_with_slope(z)
             z_bar = s_bar * o * slope  # [BN, BC]
             out = tl.fma(z_bar, tl.zeros_like(h) + w, out)
-            field = sums + (1 + j) * count
-            _add(field, tl.sum(z_bar * h, axis=0), in_cols, start)
-            _add(field + HIDDEN * count, tl.sum(z_bar, axis=0), in_cols, start)
-            _add(field + 2 * HIDDEN * count, tl.sum(s_bar * value, axis=0), in_cols, start)
+            tl.store(of_w, w_sum + tl.sum(z_bar * h, axis=0), mask=in_cols)
+            tl.store(of_b, b_sum + tl.sum(z_bar, axis=0), mask=in_cols)
+            tl.store(of_o, o_sum + tl.sum(s_bar * value, axis=0), mask=in_cols)
         tl.store(h_bar + r * count + local[None, :], out.to(h_bar.dtype.element_ty), mask=inside)
 
 

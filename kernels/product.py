@@ -128,14 +128,16 @@ def mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> T
         return torch.mm(a, b).to(dtype)
 
 
-def addmm(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def addmm(
+    total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """total + A B in ``dtype``, into ``total`` where it likes; a first call without total is the
-    product alone."""
+    product alone; into ``out`` of the operands' dtype if given."""
     if total is None:
-        return mm(a, b, dtype)
+        return mm(a, b, dtype, out)
     with as_given(a):
         if dtype == a.dtype:
-            return torch.addmm(total, a, b)
+            return torch.addmm(total, a, b) if out is None else torch.addmm(total, a, b, out=out)
         found = widening(a)
         if found.addmm:
             return torch.addmm(total, a, b, out_dtype=dtype)

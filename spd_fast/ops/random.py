@@ -78,7 +78,10 @@ def _words(source: RandomSource, rows: int, groups: Tensor) -> Tensor:
     row = torch.arange(rows, device=device, dtype=torch.int64) + source.row_offset
     draw = torch.full((1, 1), source.draw, device=device, dtype=torch.int64)
     site = torch.full((1, 1), source.site, device=device, dtype=torch.int64)
-    words = philox_4x32((groups[None, :], row[:, None] & _MASK32, draw, site), source.key)
+    # Both cut to 32 bits: row because it may be larger, groups because torch.compile would else
+    # fold range · constant into an index of 32 bits, which overflows.
+    counter = (groups[None, :] & _MASK32, row[:, None] & _MASK32, draw, site)
+    words = philox_4x32(counter, source.key)
     return torch.stack(words, dim=-1)
 
 

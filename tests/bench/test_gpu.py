@@ -104,7 +104,7 @@ def test_a_large_layer_reads_and_writes_chunks(monkeypatch):
     with gpu_trace.simulated(), gpu_trace.recorded(work.product_of, run=False) as calls:
         gpu.step_of(work, "triton", "meta")(False)
     names = [call.name for call in calls]
-    assert names == ["gate forward with x V", *["mask forward", "a U"] * 3]
+    assert names == ["x V", "gate forward", *["mask forward", "a U"] * 3]
     masked = [call for call in calls if call.name == "mask forward"]
     # h and g read, a written: three bf16 tensors of 64 · 300.
     assert sum(call.bytes for call in masked) == 3 * 2 * 64 * 300
@@ -160,7 +160,8 @@ def test_every_operation_and_the_toy_step_have_a_row_for_each_kernel(predictions
             rows.setdefault(workload, []).append(kernel)
     assert rows["importances"] == ["importances forward", "importances backward", "**sum**"]
     assert rows["embedding"] == [
-        "embedding gather", "sort by token", "embedding gradient", "rounding", "**sum**",
+        "embedding gather", "zero fill", "sort by token", "embedding gradient", "rounding",
+        "**sum**",
     ]  # fmt: skip
     assert rows["squared_error"] == [
         "squared error forward", "squared error backward", "**sum**",
@@ -252,6 +253,22 @@ def test_the_table_names_the_machine_on_every_line_and_the_plots_are_drawn(tmp_p
     assert rows[2]["ms"] == "2.5"
     for path in gpu_plot.draw(table, tmp_path):
         assert path.stat().st_size > 5000
+
+
+def test_some_workloads_are_measured_anew_and_the_others_lines_stay(tmp_path):
+    table = tmp_path / "gpu.csv"
+    gpu.write(results(), {**WHERE, "commit": "old"}, table)
+    again = [gpu.Measurement("mlp_in", "spd_fast", "fwd+bwd", 2.0)]
+    gpu.write(again, {**WHERE, "commit": "new"}, table, gpu.kept(table, {"mlp_in"}))
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["commit"] for r in rows if r["workload"] == "mlp_in"} == {"new"}
+    others = [r for r in rows if r["workload"] != "mlp_in"]
+    assert [r["workload"] for r in others] == [
+        r.workload for r in results() if r.workload != "mlp_in"
+    ]
+    assert {r["commit"] for r in others} == {"old"}
+    assert gpu.kept(tmp_path / "none.csv", set()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures there")

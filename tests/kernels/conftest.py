@@ -115,6 +115,7 @@ def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     in_kernel = request.param != "library"
     monkeypatch.setattr(regimes, "small", lambda *_: request.param == "small")
     monkeypatch.setattr(regimes, "gate_product_in_kernel", lambda *_: in_kernel)
+    monkeypatch.setattr(regimes, "mask_product_in_kernel", lambda *_: in_kernel)
     monkeypatch.setattr(regimes, "dual_in_kernel", lambda *_: in_kernel)
     # Two pieces of C from 129 components on.
     monkeypatch.setattr(regimes, "CHUNK_ELEMENTS", 1)

@@ -9,7 +9,7 @@ from torch import nn
 from spd_fast.errors import UserError
 from spd_fast.losses import faithfulness
 from spd_fast.model import DecomposedModel, Ones
-from spd_fast.model.components import Components
+from spd_fast.model.components import Components, recurring_directions
 from spd_fast.model.sites import resolve_sites
 from spd_fast.targets import TMS
 
@@ -57,7 +57,7 @@ def test_2026_entries_have_the_variances_of_the_recipe(C):
     assert abs(U.mean().item()) < 0.01
 
 
-@pytest.mark.parametrize("init", ["paper", "2026"])
+@pytest.mark.parametrize("init", ["paper", "2026", "inputs"])
 def test_the_seed_decides_the_components(init):
     same, again, other = (components(init, C=3, seed=s)[0] for s in (5, 5, 6))
     assert torch.equal(same, again)
@@ -70,8 +70,91 @@ def test_components_have_the_targets_dtype():
 
 
 def test_an_unknown_init_is_an_error():
-    with pytest.raises(UserError, match="unknown init 'papr'; known: paper, 2026"):
+    with pytest.raises(UserError, match="unknown init 'papr'; known: paper, 2026, inputs"):
         components("papr")
+
+
+def sparse_rows(k=6, d=20, n=400):
+    """Rows with one or two of k orthogonal directions, of either sign; and the directions."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(d, k, generator=generator)).Q  # [d, k]
+    value = 2 * torch.rand(n, k, generator=generator) - 1
+    value[torch.rand(n, k, generator=generator) > 0.2] = 0.0
+    return value @ directions.T, directions
+
+
+def test_directions_that_recur_are_found_each_once():
+    x, directions = sparse_rows()
+    found = recurring_directions(x, 15)
+    assert found.shape == (20, 6)
+    cosines = (directions.T @ found).abs()
+    assert sorted(cosines.argmax(0).tolist()) == list(range(6))
+    assert cosines.max(0).values.min() > 0.95**0.5
+    torch.testing.assert_close(found.norm(dim=0), torch.ones(6))
+
+
+def test_no_more_directions_are_found_than_asked_for_or_than_there_are():
+    x, _ = sparse_rows()
+    assert recurring_directions(x, 2).shape == (20, 2)
+    plane = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    assert recurring_directions(plane, 9).shape[1] <= 2
+    for rows in (torch.zeros(5, 3), torch.zeros(0, 3)):
+        assert recurring_directions(rows, 4).shape == (3, 0)
+
+
+def from_inputs(d_out, C=9):
+    x, directions = sparse_rows()
+    torch.manual_seed(0)
+    model = DecomposedModel(
+        nn.Sequential(nn.Linear(20, d_out)), {"0": C}, init="inputs", backend="reference"
+    )
+    before = model.V("0").detach().clone(), model.U("0").detach().clone()
+    model.start_from_inputs([x[:150], x[150:]])
+    V, U = model.V("0").detach(), model.U("0").detach()
+    return V, U, model.sites["0"].weight, directions, before
+
+
+def test_components_start_from_what_recurs_in_the_inputs():
+    V, U, W, directions, (_, old_U) = from_inputs(d_out=5)
+    assert sorted((directions.T @ V[:, :6]).abs().argmax(0).tolist()) == list(range(6))
+    # u_c = α W v_c, α by least squares: what is left of Wᵀ is orthogonal to their sum.
+    alpha = U[:6] / (V[:, :6].T @ W.T)
+    torch.testing.assert_close(alpha, torch.full_like(alpha, alpha[0, 0].item()))
+    total = V[:, :6] @ U[:6]
+    assert abs(((W.T - total) * total).sum()) < 1e-5
+    # The others read nothing of those directions.
+    assert (V[:, :6].T @ V[:, 6:]).abs().max() < 1e-5
+    assert torch.equal(U[6:], old_U[6:])
+
+
+def test_where_the_inputs_fill_the_space_the_other_components_stay():
+    torch.manual_seed(0)
+    model = DecomposedModel(nn.Sequential(nn.Linear(3, 2)), {"0": 5}, init="inputs")
+    before = model.V("0").detach().clone()
+    x = torch.eye(3).repeat(20, 1) * torch.rand(60, 1)
+    model.start_from_inputs(iter([x]))
+    assert torch.equal(model.V("0")[:, 3:], before[:, 3:])
+    assert torch.equal(model.V("0")[:, :3].abs().sum(0), torch.ones(3))
+
+
+def test_where_nothing_recurs_nothing_changes():
+    torch.manual_seed(0)
+    model = DecomposedModel(nn.Sequential(nn.Linear(3, 2)), {"0": 5}, init="inputs")
+    before = model.V("0").detach().clone(), model.U("0").detach().clone()
+    model.start_from_inputs([torch.zeros(7, 3)])
+    assert torch.equal(model.V("0"), before[0])
+    assert torch.equal(model.U("0"), before[1])
+
+
+def test_a_start_from_inputs_keeps_ties_and_leaves_token_sites_alone():
+    model = DecomposedModel(TMS(5, 2), {"linear1": 4, "linear2": 4}, init="inputs")
+    model.start_from_inputs([torch.eye(5)])
+    assert_tied(model)
+    tokens = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    model = DecomposedModel(tokens, {"0": 3, "1": 3}, init="inputs")
+    before = model.V("0").detach().clone()
+    model.start_from_inputs([torch.arange(7)[None]])
+    assert torch.equal(model.V("0"), before)
 
 
 def tied(C=4, dtype=torch.float64):

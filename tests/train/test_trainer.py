@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import count
 
 import pytest
 import torch
@@ -243,6 +244,24 @@ def test_warm_up_is_adamw_on_faithfulness():
         optimizer.step()
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_start_from_inputs_comes_before_the_first_step():
+    def started():
+        built = trainer(warm_up=WARM_UP)
+        built.model.options["init"] = "inputs"
+        return built
+
+    ours, theirs = started(), started()
+    theirs.model.start_from_inputs(map(theirs.batches, count()))
+    theirs.model.options["init"] = "paper"
+    changed = [n for n, p in started().model.named_parameters()
+               if not torch.equal(p, dict(theirs.model.named_parameters())[n])]  # fmt: skip
+    assert changed
+    assert all(n.startswith("components") for n in changed)
+    ours.warm_up()
+    theirs.warm_up()
+    assert_same(state(ours), state(theirs))
 
 
 def test_warm_up_leaves_the_gates_alone():
