@@ -93,7 +93,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's groups, importance functions apart where their learning rate is another."""
-        if self.config.ci_fn_lr is None:
+        if self.config.ci_fn_lr is None and not self.config.lr_warm_up:
             return self.model.parameter_groups()
         cut = [
             [p for p in group if (id(p) in self._of_components) == of_components]
@@ -279,10 +279,11 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
 
     def _set_lr(self, index: int) -> None:
         config = self.config
+        risen = min((index + 1) / max(config.lr_warm_up, 1), 1.0)
         for group in self.optimizer.param_groups:
-            lr = config.lr
-            if config.ci_fn_lr is not None and id(group["params"][0]) not in self._of_components:
-                lr = config.ci_fn_lr
+            lr = config.lr if config.ci_fn_lr is None else config.ci_fn_lr
+            if id(group["params"][0]) in self._of_components:
+                lr = config.lr * risen
             value = learning_rate(config.lr_schedule, lr, index, config.steps)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)

@@ -258,6 +258,14 @@ def test_a_folder_of_a_different_run_is_refused(copied, resume):
     assert_refused(match, small("lr=0.5"), copied, resume=resume)
 
 
+def test_a_run_of_before_a_setting_existed_is_the_same_run(copied):
+    path = copied / "config.yaml"
+    path.write_text(path.read_text().replace("lr_warm_up: 0\n", ""))
+    assert_refused("already holds this run; pass --resume", small(), copied)
+    path.write_text(path.read_text() + "colour: red\n")
+    assert_refused("already holds a different run", small(), copied)
+
+
 def test_a_folder_of_the_same_run_needs_resume(copied):
     assert_refused("already holds this run; pass --resume", small(), copied)
 

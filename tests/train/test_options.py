@@ -8,6 +8,7 @@ import torch
 from spd_fast.errors import UserError
 from spd_fast.losses import PGD, Frequency, PersistentPGD, Routing
 from spd_fast.train import parse_config
+from spd_fast.train.schedules import learning_rate
 from tests.train.test_trainer import config, trainer
 
 PERSISTENT = {"coeff": 0.5, "lr": 0.05, "n_warmup": 1}
@@ -116,6 +117,19 @@ def test_importance_functions_have_a_learning_rate_of_their_own():
     assert sum(len(g["params"]) for g in run.optimizer.param_groups) == len(
         list(run.model.parameters())
     )
+
+
+@pytest.mark.parametrize("ci_fn_lr", [None, 3e-3])
+def test_the_components_learning_rate_rises_slowly_where_asked_to(ci_fn_lr):
+    run = trainer(lr_warm_up=4, ci_fn_lr=ci_fn_lr, lr_schedule="cosine")
+    gates = set(map(id, run.model.ci_fns.parameters()))
+    for step in range(6):
+        run.train_step(step)
+        for group in run.optimizer.param_groups:
+            assert len({id(p) in gates for p in group["params"]}) == 1
+            of_gates = id(group["params"][0]) in gates
+            lr = (ci_fn_lr or 1e-2) if of_gates else 1e-2 * min((step + 1) / 4, 1)
+            assert group["lr"] == learning_rate("cosine", lr, step, run.config.steps)
 
 
 def norm(parameters):
