@@ -79,18 +79,21 @@ class Components(nn.Module):
     @torch.no_grad()
     def start_from(self, x: Tensor, site: Site) -> None:
         """The first components read directions that recur among the site's inputs ``x``
-        [n, d_in]; u_c = α W v_c for them, with the α that brings Σ_c v_c u_cᵀ nearest to Wᵀ. What
-        the others read is made orthogonal to those directions, so that they begin with the rest of
-        W and do not compete on the data; where nothing is orthogonal they stay as they are."""
+        [n, d_in]; u_c = α W v_c for them, with the α that brings Σ_c v_c u_cᵀ nearest to Wᵀ. The
+        others are made to read nothing of the inputs, so that they begin with the rest of W and do
+        not compete on the data; where the inputs fill the space they stay as they are."""
         wanted = site.weight.to("cpu", torch.float32).T  # [d_in, d_out]
         V = recurring_directions(x, site.components)
         U, found = V.T @ wanted, V.shape[1]
         total = V @ U
         scale = (total * wanted).sum() / total.square().sum().clamp_min(1e-30)
         rest = self.V[:, found:].to("cpu", torch.float32)
-        if 0 < found < site.d_in:
-            span = torch.linalg.qr(V).Q
-            rest = rest - span @ (span.T @ rest)
+        if found:
+            x = x.detach().to("cpu", torch.float64)
+            size, axes = torch.linalg.eigh(x.T @ x)  # of the inputs along their principal axes
+            span = axes[:, size > 1e-6 * size[-1]].float()
+            if span.shape[1] < site.d_in:
+                rest = rest - span @ (span.T @ rest)
         self.V.copy_(torch.cat([V, rest], dim=1))
         self.U[:found] = (scale * U).to(self.U)
 
