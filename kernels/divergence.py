@@ -130,9 +130,7 @@ def kl_kernel(q, q_row, p, p_row, loss, norm_q, norm_p, width, BLOCK: tl.constex
 
 
 @triton.jit
-def kl_backward_kernel(
-    q, q_row, p, p_row, norm_q, norm_p, scale, out, out_row, width, BLOCK: tl.constexpr
-):
+def kl_backward_kernel(q, q_row, p, p_row, norm_q, norm_p, scale, out, width, BLOCK: tl.constexpr):
     """(Q − P) · scale; ``out`` may be q."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -142,7 +140,7 @@ def kl_backward_kernel(
     q_of = tl.exp((vq - tl.load(norm_q + 2 * row)) - tl.load(norm_q + 2 * row + 1))
     p_of = tl.exp((vp - tl.load(norm_p + 2 * row)) - tl.load(norm_p + 2 * row + 1))
     grad = (q_of - p_of) * tl.load(scale)
-    tl.store(out + row * out_row + at, grad.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + at, grad.to(out.dtype.element_ty), mask=inside)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -173,20 +171,20 @@ def kl_backward(
     """q̄ in the shape and dtype of ``prediction``."""
     q, p = _rows(prediction), _rows(target)
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=q.device)
-    kl_gradient(grad.float() / max(q.shape[0], 1), q, p, norm_q, norm_p, out.view(q.shape))
+    kl_gradient(grad.float() / max(q.shape[0], 1), q, p, norm_q, norm_p, out)
     return out
 
 
 def kl_gradient(
     scale: Tensor, q: Tensor, p: Tensor, norm_q: Tensor, norm_p: Tensor, out: Tensor
 ) -> None:
-    """(Q − P) · scale [N, width] into ``out``, which may be q: a matrix of unit column stride."""
+    """(Q − P) · scale [N, width] into ``out``, which may be q."""
     N, width = q.shape
 
     def run(config: Config, out: Tensor = out) -> None:
         grid = (N, triton.cdiv(width, config.blocks["BLOCK"]))
         launch(kl_backward_kernel, q, grid, q, q.stride(0), p, p.stride(0), norm_q, norm_p, scale,
-               out, out.stride(0), width, config=config)  # fmt: skip
+               out, width, config=config)  # fmt: skip
 
     if N and width:
         run(pick("kl", "any", q, (N, width), lambda c: run(c, torch.empty_like(out))))

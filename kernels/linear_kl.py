@@ -6,9 +6,6 @@ Per chunk: two library products make bf16 logits, one pass reads them for the lo
 the gradient over the prediction's, one product takes it back to x̄. The gradient is made with the
 loss, so no logits are kept or made twice.
 
-Rows of logits lie a multiple of 64 apart: at an odd vocabulary (GPT-2's 50,257) the library has no
-fast product into rows, or from rows, of that very length (89 TFLOP/s of 790, on an H200).
-
 Liger-Kernel's FusedLinearJSD at β = 0 is the nearest library kernel; it keeps fp32 logits of a
 chunk, also where bf16 logits are given, and is a dependency of its own, so this is written here.
 """
@@ -23,7 +20,6 @@ from spd_fast.kernels.product import addmm, mm
 
 # Logits that exist at a time, in elements: 128 MiB in bf16 for each of the two sides.
 LOGITS = 2**26
-APART = 64
 
 
 def linear_kl_forward(
@@ -41,8 +37,7 @@ def linear_kl_forward(
     scale = torch.full((), 1 / max(N, 1), device=prediction.device)
 
     def logits(rows: Tensor) -> Tensor:
-        out = rows.new_empty(rows.shape[0], -(-vocabulary // APART) * APART)[:, :vocabulary]
-        return addmm(b, rows, W.t(), W.dtype, out)
+        return addmm(b, rows, W.t(), W.dtype)
 
     for first in range(0, N, size):
         part = slice(first, first + size)

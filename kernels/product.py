@@ -128,16 +128,14 @@ def mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> T
         return torch.mm(a, b).to(dtype)
 
 
-def addmm(
-    total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def addmm(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + A B in ``dtype``, into ``total`` where it likes; a first call without total is the
-    product alone; into ``out`` of the operands' dtype if given."""
+    product alone."""
     if total is None:
-        return mm(a, b, dtype, out)
+        return mm(a, b, dtype)
     with as_given(a):
         if dtype == a.dtype:
-            return torch.addmm(total, a, b) if out is None else torch.addmm(total, a, b, out=out)
+            return torch.addmm(total, a, b)
         found = widening(a)
         if found.addmm:
             return torch.addmm(total, a, b, out_dtype=dtype)

@@ -40,8 +40,7 @@ _FLOATS = {"power", "eps", "threshold", "factor"}
 _SCALARS = {"N", "C", "first", "count", "d_in", "d_out", "size", "width"}
 # Rows of a matrix are as long as a size: its stride is a multiple of 16 where the size is.
 _COMPONENTS = {"C", "count", "size", "width", "v_row", "l_row", "s_row", "i_row", "in_row",
-               "gi_row", "gl_row", "ab_row", "hb_row", "g_row", "q_row", "p_row",
-               "out_row"}  # fmt: skip
+               "gi_row", "gl_row", "ab_row", "hb_row", "g_row", "q_row", "p_row"}  # fmt: skip
 _FEATURES = {"d_in", "d_out", "x_row", "w_row", "y_row", "u_row"}
 # What a case does not know to be a multiple of 16. "views": nothing, also not that addresses are,
 # nor how far apart columns are. (first is a multiple of 128 wherever a launch begins.)
