@@ -102,9 +102,11 @@ kernels-3.6: setup $(TRITON_36)/.installed
 # On a machine with a GPU, without network: its own Python with torch, Triton and what the tests need
 # (the training step also pydantic; without it that one is not measured).
 # Writes bench/results/gpu.csv and plots, and fills the measured columns of docs/kernels.md, also
-# where a test failed; the recipe fails then all the same.
+# where a test failed; the recipe fails then all the same. Tests go side by side where pytest-xdist is:
+# most of their time is compilation.
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/kernels tests/train/test_step_graph.py; status=$$?; \
+	side=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
+	  $(PYTHON) -m pytest $$side -m gpu tests/kernels tests/train/test_step_graph.py; status=$$?; \
 	  $(PYTHON) -m bench.gpu && exit $$status
 
 clean:

@@ -60,7 +60,7 @@ def _bars(values: list[tuple[str, str, float]], label: str, conditions: str, pat
         places = [workloads.index(w) + (i - (len(variants) - 1) / 2) * width for w in own]
         bars = axes.bar(places, list(own.values()), width, color=COLOURS[variant], label=variant)
         axes.bar_label(bars, [format(v, ".3g") for v in own.values()], fontsize=6, padding=1)
-    axes.set_xticks(range(len(workloads)), workloads, fontsize=8)
+    axes.set_xticks(range(len(workloads)), workloads, fontsize=8, rotation=15, ha="right")
     axes.set_yscale("log")
     axes.set_ylabel(label)
     axes.margins(y=0.15)
