@@ -70,15 +70,14 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
         "any": (_tile(32, 64), _tile(16, 128)),
     },
     "mask_backward": {
-        "mma": (_tile(64, 32, 32, stages=3), _tile(128, 32, 32, warps=8, stages=3)),
-        "mma ragged": (_tile(32, 32, 32, stages=3),),
+        "mma": (_tile(64, 32, 32, stages=3), _tile(64, 32, 32, warps=8, stages=3)),
+        "mma ragged": (_tile(32, 32, 32, warps=8, stages=3),),
         "ieee": (_tile(32, 32, 16, stages=2),),
         "any": (_tile(16, 64), _tile(32, 64)),
         "any ragged": (_tile(16, 64, warps=8),),
     },
     "small_forward": {
-        "mma": (_tile(64, 32, 32, stages=2),),
-        "mma ragged": (_tile(64, 32, 32, warps=8, stages=2),),
+        "mma": (_tile(64, 32, 32, warps=8, stages=2),),
         "ieee": (_tile(32, 16, 16), _tile(16, 32, 16, warps=8)),
         "ieee ragged": (_tile(32, 16, 16, warps=8),),
     },
