@@ -256,12 +256,16 @@ def fill(
     times: dict[tuple[str, str], float],
     memory: dict[str, float],
     where: dict[str, str] | None = None,
+    only: Sequence[str] = (),
 ) -> str:
     """``page`` with the measured columns of its two tables filled, by workload and kernel, and with
-    where that was; rows that were not measured stay as they are."""
+    where that was; rows that were not measured stay as they are. ``only``: the workloads, where
+    these are not all: what the page says of the others stays."""
     lines, table = [], ""
     for line in page.splitlines():
-        if line.startswith(MEASURED) and where is not None:
+        if line.startswith(MEASURED) and where is not None and only:
+            line += f" {', '.join(only)}: {where['commit']}, {where['started'][:10]}."
+        elif line.startswith(MEASURED) and where is not None:
             ceilings = "its ceilings were not measured."
             if where["peak_tflops"]:
                 ceilings = (
@@ -581,6 +585,7 @@ def measure(out: Path, page: Path, minutes: float, only: Sequence[str] = ()) -> 
 
     if (not only or STEP in only) and (failure := _attempt(toy)):
         print(f"{STEP}: not measured, {failure}", flush=True)
+    write(results, where, out, before)
     for work in (*WORKLOADS, *OPERATIONS):
         if only and work.name not in only:
             continue
@@ -598,7 +603,7 @@ def measure(out: Path, page: Path, minutes: float, only: Sequence[str] = ()) -> 
                 print(f"{work.name}, its kernels: not measured, {failure}", flush=True)
     memory = {r.workload: r.extra_mb for r in results
               if r.variant == "spd_fast" and r.passes == "fwd+bwd" and r.extra_mb}  # fmt: skip
-    filled = fill(page.read_text(encoding="utf-8"), times, memory, where)
+    filled = fill(page.read_text(encoding="utf-8"), times, memory, where, only)
     page.write_text(filled, encoding="utf-8")
     print(*verdicts(results), sep="\n")
     try:

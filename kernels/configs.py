@@ -61,7 +61,7 @@ CONFIGS: dict[str, dict[str, Sequence[Config]]] = {
         "ieee": (_tile(32, 32, 16, warps=2, stages=2),),
         "any": (_tile(32, 32, warps=1), _tile(64, 32)),
     },
-    # One warp: its sums over rows stay in registers.
+    # One warp: a sum over rows is additions in registers.
     "gate_backward": {"any": (_tile(32, 16, warps=1),)},
     "mask_forward": {
         "mma": (_tile(64, 64, 32, stages=3), _tile(128, 64, 32, warps=8, stages=3)),
@@ -154,17 +154,17 @@ def _cache_file() -> Path:
 
 
 @functools.cache
-def _remembered() -> dict[str, int]:
+def _remembered() -> dict[str, str]:
     try:
         entries = json.loads(_cache_file().read_text())
     except (OSError, ValueError):
         return {}
     if not isinstance(entries, dict):
         return {}
-    return {k: v for k, v in entries.items() if isinstance(v, int)}
+    return {k: v for k, v in entries.items() if isinstance(v, str)}
 
 
-def _remember(key: str, winner: int) -> None:
+def _remember(key: str, winner: str) -> None:
     _remembered()[key] = winner
     path = _cache_file()
     # A cache that cannot be written costs a repeated tuning, not a failed run.
@@ -197,11 +197,12 @@ def pick(
     key = f"{_architecture(like.device.index)}/{triton.__version__}/{kernel}/{operands}/"
     key += f"{str(like.dtype).removeprefix('torch.')}/{sizes}"
     known = _remembered().get(key)
-    if known is not None and 0 <= known < len(options):
-        return options[known]
+    for config in options:  # by its tile: the candidates of another version may be others
+        if str(config) == known:
+            return config
     if os.environ.get("SPD_FAST_TUNE") != "1" or torch.cuda.is_current_stream_capturing():
         return options[0]
     times = [triton.testing.do_bench(lambda c=c: trial(c), warmup=5, rep=20) for c in options]
-    winner = times.index(min(times))
-    _remember(key, winner)
-    return options[winner]
+    winner = options[times.index(min(times))]
+    _remember(key, str(winner))
+    return winner

@@ -5,7 +5,7 @@ at memory speed. Its gradient V̄[t] = Σ_{n: token_n = t} h̄_n is a scatter, w
 different from run to run: rows are sorted by token, stably, and each token's rows are added in a
 fixed order. Every position has a program, which has nothing to do unless it is its token's first:
 no number of occurring tokens has to reach the host. V̄ is filled with zeros before that. (A program
-for every row of V̄ instead, which wrote the zeros too, was 402,000 programs for 8,192 positions of
+for every row of V̄, which writes the zeros too, would be 402,000 programs for 8,192 positions of
 a vocabulary of 50,257, nearly all without work: 2.0 ms on an H200, for 0.05 of traffic.)
 """
 

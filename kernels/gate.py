@@ -258,7 +258,7 @@ PROGRAMS = 4096
 def backward_groups(N: int, count: int, block_n: int, block_c: int) -> tuple[int, int]:
     """(programs over rows, row tiles of each) of one backward launch."""
     row_tiles = triton.cdiv(N, block_n)
-    wanted = triton.cdiv(PROGRAMS, triton.cdiv(count, block_c))
+    wanted = max(PROGRAMS // triton.cdiv(count, block_c), 1)
     tiles = triton.cdiv(row_tiles, min(wanted, row_tiles))
     return triton.cdiv(row_tiles, tiles), tiles
 
@@ -290,12 +290,7 @@ def _backward_chunk(
             config=config,
         )  # fmt: skip
 
-    vectors = gate if grad_penalty is None else (*gate, grad_penalty)
-    operands = by_divisibility(
-        "gate_backward", "any", count, h, grad_inner, grad_lower,
-        *(t.data_ptr() for t in vectors),
-    )  # fmt: skip
-    run(pick("gate_backward", operands, h, (N, count, H), run))
+    run(pick("gate_backward", "any", h, (N, count, H), run))
     assert partial is not None
     return h_bar, partial.sum(0)
 

@@ -44,6 +44,11 @@ class StreamBatches:
         self._next = 0
         self._last: Any = None
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the batches can be had again."""
+        return self._again
+
     def __call__(self, step: int) -> Any:
         """The batch of a step."""
         if step == self._next - 1:  # asked for twice in a row: the trial before a run

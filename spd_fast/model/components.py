@@ -50,8 +50,8 @@ def recurring_directions(x: Tensor, count: int) -> Tensor:
     rows = (x / norms.clamp_min(torch.finfo(torch.float32).tiny))[norms[:, 0] > 0]
     left = torch.ones(len(rows), dtype=torch.bool)
     again = torch.cat([(r @ rows.T).square_() >= 0.9 for r in rows.split(1024)] or [left[:, None]])
-    recurs = again.sum(1)
-    least = int(recurs.max()) / 4 if len(rows) else 0
+    recurs = again.sum(1) - 1  # without the row itself
+    least = max(int(recurs.max()) / 4, 1) if len(rows) else 0
     chosen: list[int] = []
     while len(chosen) < min(count, x.shape[1]) and left.any():
         row = int(recurs.argmax())
@@ -61,6 +61,7 @@ def recurring_directions(x: Tensor, count: int) -> Tensor:
         covered = left & ((rows @ rows[row]).square() >= 1 / 3)
         recurs -= again[:, covered].sum(1)
         left &= ~covered
+        recurs[~left] = 0
     return rows[chosen].T
 
 

@@ -193,6 +193,8 @@ class DecomposedModel(SiteModel):
             "init": init,
             "delta": delta,
         }
+        # Whether components are still to start from the sites' inputs.
+        self.awaits_inputs = init == "inputs"
         self.delta = delta
         self.backend = backend
         self.factored = factored
@@ -266,13 +268,16 @@ class DecomposedModel(SiteModel):
             clean = self.clean_forward(batch)
             for name, site in self.sites.items():
                 if site.kind != "embedding" and site.tied_to is None:
-                    inputs.setdefault(name, []).append(clean.inputs[name].flatten(0, -2).cpu())
+                    inputs.setdefault(name, []).append(
+                        clean.inputs[name].flatten(0, -2)[:POSITIONS].cpu()
+                    )
             if not inputs or all(sum(map(len, xs)) >= POSITIONS for xs in inputs.values()):
                 break
         for name, xs in inputs.items():
             components = self.components[_key(name)]
             assert isinstance(components, Components)
             components.start_from(torch.cat(xs)[:POSITIONS], self.sites[name])
+        self.awaits_inputs = False
 
     def clean_forward(self, batch: Any) -> CleanForward:
         """The target's forward, with every site's input captured by reference (no copy).

@@ -227,4 +227,5 @@ def load_pretrained(
             f"the decomposition in {folder} was made of a target with other weights than this one"
             f" ({of}sha256 {expected[:12]}…; this one {found[:12]}…)"
         )
+    model.awaits_inputs = False
     return model

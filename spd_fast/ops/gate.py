@@ -158,7 +158,7 @@ for _forward, _backward in _PRIMITIVES.values():
     )(_fake_backward)
 
 
-# Hidden neurons of a GPU's widest gate: offsets of its sums stay 32 bits (kernels/gate.py).
+# Hidden neurons of a GPU's widest gate: offsets of the sums of 2¹⁹ components are 32 bits then.
 WIDEST_ON_GPU = 1024
 # Above this many elements a GPU's backward makes h again, chunk by chunk, instead of keeping it.
 STREAMED = 2**28

@@ -158,13 +158,14 @@ class LoopConfig(Strict):
 class TrainConfig(LoopConfig):
     """What the :class:`~spd_fast.train.Trainer` needs.
 
-    ``ci_fn_lr``: of the importance functions, ``lr`` where not given. ``lr_warm_up``: steps in
-    which the components' learning rate rises from zero; importance functions have theirs at once.
+    ``ci_fn_lr``: of the importance functions, ``lr`` where not given. ``lr_warm_up``:
+    the fraction of the steps in which the components' learning rate rises from zero; importance
+    functions have theirs at once.
     ``grad_clip``, ``ci_fn_grad_clip``: largest gradient norm of all components, and of all
     importance functions.
     ``precision`` bf16: forwards under autocast; parameters, their moments, divergences and
     faithfulness stay float32. ``accumulation``: pieces in which a batch is worked through.
-    ``cuda_graph``: on a GPU, record a step that is the same every time and replay it.
+    ``cuda_graph``: on a GPU, record a step and replay it as long as it stays the same.
     """
 
     losses: LossConfig
@@ -173,7 +174,7 @@ class TrainConfig(LoopConfig):
     sampling: Literal["continuous", "binomial"] = "continuous"
     lr_schedule: Literal["constant", "quarter_cosine", "cosine"]
     ci_fn_lr: Positive | None = None
-    lr_warm_up: CountOrZero = 0
+    lr_warm_up: Fraction = 0.0
     grad_clip: Positive | None = None
     ci_fn_grad_clip: Positive | None = None
     precision: Literal["fp32", "bf16"] = "fp32"

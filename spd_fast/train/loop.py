@@ -44,6 +44,10 @@ class Losses(Protocol):
         ...
 
 
+# Settings that older checkpoints do not know, and what they did without them.
+LATER = {"lr_warm_up": 0.0}
+
+
 class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
     """Trains a model of sites by gradient descent; a method says what a step is.
 
@@ -222,6 +226,8 @@ class TrainingLoop(ABC, Generic[ModelT, ConfigT, StepT]):
             mode="json",
             exclude={"log_every", "checkpoint_every", "keep_checkpoints", "name", "cuda_graph"},
         )
+        # What came later counts where it is used, so that checkpoints of before still belong.
+        config = {k: v for k, v in config.items() if k not in LATER or v != LATER[k]}
         weights = hashlib.sha256()
         for site in self.model.sites.values():
             weights.update(site.weight.cpu().contiguous().numpy().tobytes())

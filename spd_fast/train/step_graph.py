@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -76,6 +77,11 @@ class StepGraph(Generic[T]):
     def run(self, index: int, batch: Any, constants: Hashable = None) -> T:
         """The step ``index`` on ``batch``; its results are valid until the next step.
         ``constants``: the numbers that a recording would keep."""
+        device = self.key.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._run(index, batch, constants)
+
+    def _run(self, index: int, batch: Any, constants: Hashable) -> T:
         self.key.copy_(make_key(self.seed, index))
         if constants != self._constants:
             self.forget()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_fast._adamw import adamw
+from spd_fast.data.streams import StreamBatches
 from spd_fast.losses import (
     LOSSES,
     PGD,
@@ -77,7 +77,7 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
             self.capture()
 
     def capture(self, **options: Any) -> None:
-        """Have the steps from now on recorded once and replayed."""
+        """Have the steps from now on recorded and replayed."""
         seed, device = self.config.seed, self.device
         self.graph = StepGraph(self.update, self.optimizer, seed, device, **options)
 
@@ -264,8 +264,10 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
     def warm_up(self) -> None:
         """The start from inputs, where the model asks for one; then faithfulness alone, on V and U;
         its optimiser's moments are then forgotten."""
-        if self.model.options["init"] == "inputs":
-            self.model.start_from_inputs(map(self.batches, count()))
+        if self.model.awaits_inputs:
+            once = isinstance(self.batches, StreamBatches) and not self.batches.repeats
+            first = range(1 if once else self.config.steps)
+            self.model.start_from_inputs(map(self.batches, first))
         warm_up = self.config.warm_up
         groups = [
             [p for p in group if id(p) in self._of_components]
@@ -279,7 +281,8 @@ class Trainer(TrainingLoop[DecomposedModel, TrainConfig, Step]):
 
     def _set_lr(self, index: int) -> None:
         config = self.config
-        risen = min((index + 1) / max(config.lr_warm_up, 1), 1.0)
+        rises = config.lr_warm_up * config.steps
+        risen = min((index + 1) / rises, 1.0) if rises else 1.0
         for group in self.optimizer.param_groups:
             lr = config.lr if config.ci_fn_lr is None else config.ci_fn_lr
             if id(group["params"][0]) in self._of_components:

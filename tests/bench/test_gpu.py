@@ -273,6 +273,14 @@ def test_some_workloads_are_measured_anew_and_the_others_lines_stay(tmp_path):
     assert gpu.kept(tmp_path / "none.csv", set()) == []
 
 
+def test_what_the_page_says_of_the_others_stays_where_some_are_measured_anew():
+    page = f"{gpu.MEASURED} on a GPU, at old.\n"
+    filled = gpu.fill(page, {}, {}, {**WHERE, "commit": "new"}, ["kl", "embedding"])
+    assert filled.startswith(page.strip())
+    assert f"kl, embedding: new, {WHERE['started'][:10]}." in filled
+    assert "old" not in gpu.fill(page, {}, {}, WHERE)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures there")
 def test_without_a_gpu_measuring_is_one_clear_line(capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -260,7 +260,7 @@ def test_a_folder_of_a_different_run_is_refused(copied, resume):
 
 def test_a_run_of_before_a_setting_existed_is_the_same_run(copied):
     path = copied / "config.yaml"
-    path.write_text(path.read_text().replace("lr_warm_up: 0\n", ""))
+    path.write_text(path.read_text().replace("lr_warm_up: 0.0\n", ""))
     assert_refused("already holds this run; pass --resume", small(), copied)
     path.write_text(path.read_text() + "colour: red\n")
     assert_refused("already holds a different run", small(), copied)

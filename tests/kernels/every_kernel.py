@@ -40,7 +40,7 @@ SIZES = (70, 19, 132, 70, 300)
 SMALL_SIZES = (3, 2, 130, 2, 7)
 DTYPES = (torch.float32, torch.bfloat16)
 # Settings of spd_fast.kernels.regimes: as a shape has it; what a large one has, in several chunks
-# of components, with products in the kernels (bf16) or, whatever the depth, by the library.
+# of components, with masks' products in the kernels (bf16) or, whatever the depth, by the library.
 _LARGE = {"SMALL_PRODUCTS": 0, "CHUNK_ELEMENTS": 1, "NARROW_ELEMENTS": 1}
 REGIMES = {
     "default": {},

@@ -141,15 +141,41 @@ def test_where_nothing_recurs_nothing_changes():
     torch.manual_seed(0)
     model = DecomposedModel(nn.Sequential(nn.Linear(3, 2)), {"0": 5}, init="inputs")
     before = model.V("0").detach().clone(), model.U("0").detach().clone()
-    model.start_from_inputs([torch.zeros(7, 3)])
-    assert torch.equal(model.V("0"), before[0])
-    assert torch.equal(model.U("0"), before[1])
+    for rows in (torch.zeros(7, 3), torch.eye(3)):
+        model.start_from_inputs([rows])
+        assert torch.equal(model.V("0"), before[0])
+        assert torch.equal(model.U("0"), before[1])
+
+
+def test_directions_of_noise_do_not_recur():
+    noise = torch.randn(400, 40, generator=torch.Generator().manual_seed(0))
+    assert recurring_directions(noise, 9).shape == (40, 0)
+
+
+def test_what_lies_near_a_chosen_direction_is_not_chosen():
+    angle = torch.deg2rad(torch.tensor([0.0] * 100 + [48.0] + [-8.0] * 40 + [104.0] * 40))
+    x = torch.stack([angle.cos(), angle.sin(), 0 * angle], dim=1)
+    found = recurring_directions(x, 3)
+    gram = (found.T @ found).fill_diagonal_(0)
+    assert found.shape[1] == 2
+    assert gram.square().max() < 1 / 3
+
+
+def test_a_loaded_model_does_not_start_anew(tmp_path):
+    target = nn.Sequential(nn.Linear(3, 2))
+    model = DecomposedModel(target, {"0": 5}, init="inputs")
+    assert model.awaits_inputs
+    model.save_pretrained(tmp_path)
+    assert not DecomposedModel.from_pretrained(tmp_path, target).awaits_inputs
+    assert not DecomposedModel(target, {"0": 5}).awaits_inputs
 
 
 def test_a_start_from_inputs_keeps_ties_and_leaves_token_sites_alone():
     model = DecomposedModel(TMS(5, 2), {"linear1": 4, "linear2": 4}, init="inputs")
-    model.start_from_inputs([torch.eye(5)])
+    before = model.V("linear1").detach().clone()
+    model.start_from_inputs([torch.eye(5).repeat(9, 1)])
     assert_tied(model)
+    assert not torch.equal(model.V("linear1"), before)
     tokens = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
     model = DecomposedModel(tokens, {"0": 3, "1": 3}, init="inputs")
     before = model.V("0").detach().clone()

@@ -25,6 +25,7 @@ from spd_fast.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from tests.train.test_trainer import trainer
 
 
 def checkpoint(step: int, size: int = 4) -> Checkpoint:
@@ -334,3 +335,19 @@ def test_a_checkpoint_with_foreign_tensors_still_loads_as_one(tmp_path):
     path = save_checkpoint(tmp_path, checkpoint(7), keep=1)
     save_file({"other": torch.zeros(2)}, path / "model.safetensors")
     assert list(load_checkpoint(path).model) == ["other"]
+
+
+def test_a_checkpoint_of_before_a_setting_existed_still_belongs(tmp_path, monkeypatch):
+    run = trainer(out=tmp_path, steps=4)
+    with monkeypatch.context() as patch:
+        # As it was written: the configuration had no such key.
+        dumped = type(run.config).model_dump
+        patch.setattr(
+            type(run.config),
+            "model_dump",
+            lambda *a, **k: {n: v for n, v in dumped(*a, **k).items() if n != "lr_warm_up"},
+        )
+        run.fit()
+    assert trainer(out=tmp_path, steps=4).resume()
+    with pytest.raises(UserError, match="another configuration"):
+        trainer(out=tmp_path, steps=4, lr_warm_up=0.5).resume()

@@ -121,7 +121,7 @@ def test_importance_functions_have_a_learning_rate_of_their_own():
 
 @pytest.mark.parametrize("ci_fn_lr", [None, 3e-3])
 def test_the_components_learning_rate_rises_slowly_where_asked_to(ci_fn_lr):
-    run = trainer(lr_warm_up=4, ci_fn_lr=ci_fn_lr, lr_schedule="cosine")
+    run = trainer(lr_warm_up=1 / 3, ci_fn_lr=ci_fn_lr, lr_schedule="cosine")
     gates = set(map(id, run.model.ci_fns.parameters()))
     for step in range(6):
         run.train_step(step)

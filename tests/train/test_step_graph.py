@@ -220,3 +220,20 @@ def test_a_replayed_training_is_bit_equal_to_the_launched_one():
             built.train_step(step)
         states.append(state(built))
     assert_same(*states)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_training_recorded_before_and_after_an_anneal_is_bit_equal_to_the_launched_one():
+    from bench.problems import step_trainer
+
+    states = []
+    for recorded in (True, False):
+        built = step_trainer("resid_mlp2-robust", "triton", device="cuda", batch=64)
+        built.config = built.config.model_copy(update={"steps": 40})
+        assert built.graph is not None
+        built.graph.usable = recorded
+        for step in range(40):
+            built.train_step(step)
+        states.append(state(built))
+    assert_same(*states)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import count
 
 import pytest
 import torch
 
+from spd_fast.data.streams import StreamBatches
 from spd_fast.errors import Diverged, UserError
 from spd_fast.losses import LOSSES, faithfulness
 from spd_fast.model import DecomposedModel
@@ -249,12 +249,12 @@ def test_warm_up_is_adamw_on_faithfulness():
 def test_a_start_from_inputs_comes_before_the_first_step():
     def started():
         built = trainer(warm_up=WARM_UP)
-        built.model.options["init"] = "inputs"
+        built.model.awaits_inputs = True
         return built
 
     ours, theirs = started(), started()
-    theirs.model.start_from_inputs(map(theirs.batches, count()))
-    theirs.model.options["init"] = "paper"
+    theirs.model.start_from_inputs(map(theirs.batches, range(theirs.config.steps)))
+    assert not theirs.model.awaits_inputs
     changed = [n for n, p in started().model.named_parameters()
                if not torch.equal(p, dict(theirs.model.named_parameters())[n])]  # fmt: skip
     assert changed
@@ -262,6 +262,15 @@ def test_a_start_from_inputs_comes_before_the_first_step():
     ours.warm_up()
     theirs.warm_up()
     assert_same(state(ours), state(theirs))
+
+
+def test_a_start_from_inputs_leaves_a_generators_other_batches_to_the_training():
+    plain = trainer()
+    stream = StreamBatches(batches(step) for step in range(plain.config.steps))
+    run = trainer(batches=stream)
+    run.model.awaits_inputs = True
+    run.fit()
+    assert run.step == plain.config.steps
 
 
 def test_warm_up_leaves_the_gates_alone():
