@@ -6,9 +6,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-import triton.language as tl
+import triton.language as tl  # noqa: E402
 
-from spd_fast.kernels import product
+from spd_fast.kernels import product  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("triton_ops"), pytest.mark.without_kernels]
 LARGEST = torch.finfo(torch.float32).max
