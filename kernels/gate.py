@@ -263,11 +263,17 @@ def backward_groups(N: int, count: int, block_n: int, block_c: int) -> tuple[int
     return triton.cdiv(row_tiles, tiles), tiles
 
 
+def _side_by_side(matrix: Tensor | None) -> Tensor | None:
+    """With unit column stride: the backward spills where it does not know that of every matrix."""
+    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def _backward_chunk(
     h: Tensor, grad_inner: Tensor | None, grad_lower: Tensor | None, grad_penalty: Tensor | None,
     gate: tuple[Tensor, ...], first: int, sigmoid: str, penalty: str, power: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h̄ [N, count], sums over rows [fields, count]) of the components that ``h`` starts at."""
+    h, grad_inner, grad_lower = map(_side_by_side, (h, grad_inner, grad_lower))
     (N, count), H = h.shape, gate[0].shape[1]
     fields = 3 * H + 1 if H else 2
     h_bar = torch.empty(N, count, dtype=h.dtype, device=h.device)

@@ -95,20 +95,22 @@ def test_nothing_is_tuned_while_a_graph_is_captured(tuner, monkeypatch):
     assert tuner.tried == []
 
 
-@pytest.mark.parametrize("content", ["not json", "[1, 2]", '{"a": "b"}'])
+@pytest.mark.parametrize("content", ["not json", "[1, 2]", '{"a": 1}'])
 def test_a_damaged_file_is_tuned_over(content, tuner):
     tuner.file.parent.mkdir(parents=True)
     tuner.file.write_text(content)
     assert tuner.pick() is tuner.options[1]
-    assert list(json.loads(tuner.file.read_text()).values()) == [1]
+    assert list(json.loads(tuner.file.read_text()).values()) == [str(tuner.options[1])]
 
 
-def test_an_entry_beyond_the_candidates_is_not_used(tuner):
+def test_a_winner_is_remembered_by_its_tile(tuner):
     tuner.pick()
     (key,) = json.loads(tuner.file.read_text())
-    tuner.file.write_text(json.dumps({key: 7}))
-    tuner.configs._remembered.cache_clear()
-    assert tuner.pick() is tuner.options[1]
+    # One that is no candidate (any more) is tuned over.
+    for entry, expected in ((str(tuner.options[0]), 0), ("8x8x8 w1 s1", 1), (0, 1)):
+        tuner.file.write_text(json.dumps({key: entry}))
+        tuner.configs._remembered.cache_clear()
+        assert tuner.pick() is tuner.options[expected]
 
 
 def test_a_file_that_cannot_be_written_costs_nothing_but_the_memory(tuner, monkeypatch, tmp_path):
