@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton is for Linux alone")
 import triton.language as tl  # noqa: E402
 
 from spd_fast.kernels import product  # noqa: E402
