@@ -19,6 +19,7 @@ from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.records import read_evaluation
 from spd_fast.experiments.runs import Run, check_device, load_run, run
 from spd_fast.train import load_config
+from spd_fast.train.config import says
 from spd_fast.train.progress import Progress
 
 __all__ = ["Outcome", "outcomes", "run_grid"]
@@ -34,10 +35,6 @@ class Outcome:
     diverged: str | None = None
 
 
-def _same(folder: Path, config: AnyConfig) -> bool:
-    return bool(load_config(folder / "config.yaml") == json.loads(config.model_dump_json()))
-
-
 def _finished(folder: Path, config: AnyConfig) -> Outcome | None:
     """The outcome of the run in ``folder``, or None while it has none.
 
@@ -46,7 +43,7 @@ def _finished(folder: Path, config: AnyConfig) -> Outcome | None:
     """
     if not (folder / "config.yaml").exists():
         return None
-    if not _same(folder, config):
+    if not says(load_config(folder / "config.yaml"), config):
         raise UserError(
             f"{folder} holds a run with other settings; choose another --out, or remove it"
         )

@@ -50,7 +50,7 @@ from spd_fast.losses import Step, stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config
-from spd_fast.train.config import ResidMLPTarget, validate
+from spd_fast.train.config import ResidMLPTarget, says
 from spd_fast.train.loop import TrainingLoop
 from spd_fast.train.progress import Progress
 
@@ -135,20 +135,12 @@ def check_out(out: Path, config: BaseModel, resume: bool) -> None:
         raise UserError(f"--out {out} cannot be made: {parent} is no folder that can be written to")
     held = out / "config.yaml"
     if held.exists():
-        if not _same(load_config(held), config):
+        if not says(load_config(held), config):
             raise UserError(f"{out} already holds a different run; choose another --out")
         if not resume:
             raise UserError(f"{out} already holds this run; pass --resume to continue it")
     elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run; choose another --out")
-
-
-def _same(held: dict[str, Any], config: BaseModel) -> bool:
-    """Whether a run's file says ``config``; settings that it does not know have their defaults."""
-    try:
-        return validate(held, type(config)).model_dump_json() == config.model_dump_json()
-    except UserError:
-        return False
 
 
 def run(

@@ -47,6 +47,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "plain_name",
+    "says",
     "set_keys",
     "validate",
 ]
@@ -379,6 +380,14 @@ def validate(data: Any, kind: type[ModelT]) -> ModelT:
         return kind.model_validate(dict(data))
     except ValidationError as error:
         raise UserError(_one_line(error, kind)) from None
+
+
+def says(held: dict[str, Any], config: BaseModel) -> bool:
+    """Whether a run's file says ``config``; settings that it does not know have their defaults."""
+    try:
+        return validate(held, type(config)).model_dump_json() == config.model_dump_json()
+    except UserError:
+        return False
 
 
 def parse_config(data: Any) -> Config:

@@ -114,6 +114,13 @@ def test_runs_of_other_settings_are_refused_before_anything_runs(copied):
     assert not (copied / "a").exists()
 
 
+def test_a_run_of_before_a_setting_existed_is_finished(copied):
+    path = copied / "b" / "config.yaml"
+    path.write_text(path.read_text().replace("lr_warm_up: 0.0\n", ""))
+    assert "lr_warm_up" not in path.read_text()
+    assert set(outcomes(CONFIGS, copied)) == {"a", "b"}
+
+
 def test_bad_numbers_of_jobs_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--jobs needs at least 1, got 0"):
         run_grid(CONFIGS, tmp_path, label="two", jobs=0)

@@ -224,6 +224,9 @@ def test_seeds_are_run_reported_and_summed_up(recipe_file, tmp_path, capsys):
     assert (out / "seed1" / "report.html").is_file()
     printed = capsys.readouterr().out
     assert "tiny: 2 of 2 seeds finished" in printed
+    held = out / "seed0" / "config.yaml"  # of before a setting existed
+    held.write_text(held.read_text().replace("lr_warm_up: 0.0\n", ""))
+    assert "lr_warm_up" not in held.read_text()
     before = (out / "seed0" / "eval.json").stat().st_mtime_ns
     assert called(*arguments) == 0
     assert (out / "seed0" / "eval.json").stat().st_mtime_ns == before
