@@ -67,6 +67,9 @@ __all__ = ["Plan", "make_plan"]
 MIB = 2**20
 # Neurons of gates a second and core, forward and backward, of the C++ kernels (docs/results.md).
 GATE_FORWARD, GATE_BACKWARD = 1.7e9, 0.9e9
+# An interpolated gate takes as long as this many of them, however many it has (gate against
+# gate_interpolated in bench/results/cpu.csv, without their products: 6.3 and 8.4).
+INTERPOLATED = 8
 # Activations of transformers that keep tensors which torch's own does not.
 COMPOSED_GELUS = ("NewGELUActivation", "FastGELUActivation")
 
@@ -181,6 +184,35 @@ def _stream(model: DecomposedModel) -> int:
     return max((W.shape[0] for W in model.widening().values()), default=0)
 
 
+def _products(model: DecomposedModel, N: int) -> tuple[float, float, float]:
+    """Multiply-adds of the components, N C d_in for x V and N C d_out for a U: of x V at the clean
+    inputs; in a forward with all sites masked; in one with a single site masked, on average. A
+    masked site that has its clean input has x V already.
+
+    Of a factored stream a reader of k columns meets the r rows of what is in it so far, r k (N + d)
+    multiply-adds, of which r k d do not depend on N. The output counts as one more reader, as wide
+    as what the stream begins with: a residual MLP returns its features.
+    """
+    widening = model.widening()
+    streams = {W.shape[0] for W in widening.values()}
+    sites = list(model.sites.values())
+    begins = sum(W.shape[1] for path, W in widening.items() if path not in model.sites)
+    clean_rows = masked_rows = begins
+    clean = together = alone = 0
+    for i, s in enumerate(sites):
+        C, reads, writes = s.components, s.d_in in streams, s.name in widening
+        if s.kind != "embedding":
+            clean += C * (clean_rows * (N + s.d_in) if reads else N * s.d_in)
+            if i:
+                together += C * (masked_rows * (N + s.d_in) if reads else N * s.d_in)
+        behind = sum(t.d_out for t in sites[i + 1 :] if t.d_in in streams)
+        together += C * (begins * (N + s.d_out) if writes else N * s.d_out)
+        alone += C * ((begins + behind) * (N + s.d_out) if writes else N * s.d_out)
+        if writes:
+            clean_rows, masked_rows = clean_rows + s.d_in, masked_rows + C
+    return float(clean), float(together), alone / len(sites)
+
+
 def _matrices(target: nn.Module) -> list[tuple[int, int]]:
     """(d_in, d_out) of every matrix of the target, also of one that no site can be; a table has
     d_in 0."""
@@ -286,6 +318,33 @@ def _memory(
     }
 
 
+def _flops(model: DecomposedModel, config: TrainConfig, N: int) -> float:
+    """Floating-point operations of the matrix products of a step in pieces of N positions."""
+    sites, widening, width = list(model.sites.values()), model.widening(), _width(model)
+    read = [s for s in sites if s.kind != "embedding"]
+    clean, together, alone = _products(model, N)
+    # The target's own matrices; what a factored stream begins with is not multiplied out.
+    own = sum(width(a) * width(b) for a, b in _matrices(model.target))
+    own -= sum(W.shape[1] * width(W.shape[0]) for p, W in widening.items() if p not in model.sites)
+    # Those beside masked sites.
+    passed = own
+    if not model.options["delta"]:
+        passed -= sum(width(s.d_in) * width(s.d_out) for s in read)
+
+    def masked(whole: float, single: float, products: int) -> float:
+        """Of forwards of all sites and of one; there half of the target runs before and half behind
+        the site. A frozen matrix has one product backward."""
+        trained = together * whole + alone * single
+        return 2 * products * trained + 4 * N * (passed * whole + own * single / 2)
+
+    whole, single, _ = _forwards(config, len(sites), N)
+    piece = 2 * N * own + 4 * clean + masked(whole, single, 3)
+    # An adversary's ascents need no gradients of V and U.
+    piece += masked(*_ascents(config, len(sites)), 2)
+    faithfulness = 6.0 * sum(s.components * s.d_in * s.d_out for s in read)
+    return config.accumulation * piece + faithfulness
+
+
 def make_plan(
     model: DecomposedModel,
     config: TrainConfig,
@@ -304,29 +363,18 @@ def make_plan(
     sites = list(model.sites.values())
     whole, single, adversarial = _forwards(config, len(sites), N)
     components = sum(s.components for s in sites)
-    matrices = _matrices(model.target)
     hidden = max(model.options["ci_hidden"], default=0)
     gates = [m for m in model.ci_fns.values() if isinstance(m, MLPGate)]
     memory = _memory(model, config, backend, N, (whole, single, adversarial))
-    width = _width(model)
-    product = sum(
-        s.components * ((0 if s.kind == "embedding" else width(s.d_in)) + width(s.d_out))
-        for s in sites
-    )
-    own = sum(width(a) * width(b) for a, b in matrices)
-    # A site masked once: 6 N C (d_in + d_out); alone, half of the target runs before and behind it.
-    share = whole + (single / len(sites))
-    flops = 6.0 * positions * product * share + 4.0 * positions * own * (whole + single / 2)
-    # An adversary's ascents need no gradients of V and U.
-    whole, single = _ascents(config, len(sites))
-    flops += 4.0 * positions * product * (whole + single / len(sites))
-    flops += 4.0 * positions * own * (whole + single / 2)
+    flops = _flops(model, config, N)
     neurons = float(positions * components * hidden) if gates else 0.0
     rate = (measure or _products_rate)(device)
     seconds = None
     if rate:
+        interpolated = backend == "cpu" and model.gate_eval != "exact" and hidden > INTERPOLATED
+        evaluated = neurons * INTERPOLATED / hidden if interpolated else neurons
         cores = torch.get_num_threads()
-        seconds = flops / rate + neurons / cores * (1 / GATE_FORWARD + 1 / GATE_BACKWARD)
+        seconds = flops / rate + evaluated / cores * (1 / GATE_FORWARD + 1 / GATE_BACKWARD)
     described: dict[str, tuple[str, int, int, int, int]] = {
         s.name: (
             s.kind, s.d_in, s.d_out, s.components,
