@@ -1,7 +1,8 @@
 """What the paper's page is made of: finished runs, studies and costs, kept beside it.
 
 The folder of a page holds ``evaluations/*.json`` (a finished run each), ``STUDY.csv`` with
-``STUDY.png``, and ``estimates.json`` (what a step costs, for the time of what was not run).
+``STUDY.png`` and ``STUDY.json`` (where and when it ran), and ``estimates.json`` (what a step costs,
+for the time of what was not run).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
 from spd_fast.studies.scaling import METHODS, SERIES, SIZES
 from spd_fast.train import Config, load_config
 
-__all__ = ["Records", "Sources", "collect", "estimate", "read_sources"]
+__all__ = ["Records", "Sources", "collect", "estimate", "machine", "read_sources"]
 
 # Recipe → seed → record.
 Records = dict[str, dict[int, dict[str, Any]]]
@@ -33,10 +34,12 @@ Records = dict[str, dict[int, dict[str, Any]]]
 
 @dataclass
 class Sources:
-    """What the tables are made of: recipe → seed → record, study → its rows, recipe → cost."""
+    """What the tables are made of: recipe → seed → record, study → its rows and where and when they
+    were measured, recipe → cost."""
 
     runs: Records = field(default_factory=dict)
     studies: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    measured: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -56,10 +59,7 @@ def _record(folder: Path) -> dict[str, Any]:
     if changes:
         what = ", ".join(f"{key} {ours}" for key, _, ours in changes)
         raise UserError(f"{folder} is not {config.name} as it ships: {what}")
-    try:
-        environment = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        environment = {}
+    environment = _environment(folder / "env.json")
     ended = datetime.fromtimestamp((folder / "eval.json").stat().st_mtime, timezone.utc)
     keys = ("processor", "threads", "cuda", "torch", "spd_fast")
     return {
@@ -67,6 +67,37 @@ def _record(folder: Path) -> dict[str, Any]:
         **{key: environment.get(key) for key in keys},
         "gates": _gates(config, evaluation["backend"]),
         "evaluation": evaluation,
+    }
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """What a run or a cell wrote about its machine; nothing where it did not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """The GPU, or the processor and how many threads of it."""
+    return str(
+        environment.get("cuda")
+        or f"{environment.get('processor')}, {environment.get('threads')} thread(s)"
+    )
+
+
+def _measured(folder: Path) -> dict[str, list[str]]:
+    """Machines, versions and days of a study's runs or cells, sorted."""
+    found = [_environment(path) for path in folder.glob("runs/*/env.json")]
+    found += [_environment(p).get("environment", {}) for p in folder.glob("cells/*.json")]
+    found = [environment for environment in found if environment]
+    return {
+        "machines": sorted({machine(e) for e in found}),
+        "versions": sorted(
+            {f"torch {e.get('torch')}, spd_fast {e.get('spd_fast')}" for e in found}
+        ),
+        "days": sorted({str(e.get("date"))[:10] for e in found}),
     }
 
 
@@ -141,6 +172,8 @@ def collect(folders: Iterable[Path], into: Path) -> list[Path]:
             for path in (table, table.with_suffix(".png")):
                 if path.exists():
                     contents[into / path.name] = path.read_bytes()
+            where = json.dumps(_measured(table.parent), indent=1) + "\n"
+            contents[into / f"{table.stem}.json"] = where.encode()
     for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
@@ -202,6 +235,9 @@ def read_sources(folder: Path) -> Sources:
         if path.exists():
             with path.open(encoding="utf-8", newline="") as f:
                 sources.studies[name] = list(csv.DictReader(f))
+            where = path.with_suffix(".json")
+            if where.exists():
+                sources.measured[name] = _read_mapping(where, list)
     path = folder / "estimates.json"
     if path.exists():
         sources.estimates = _read_mapping(path, dict)

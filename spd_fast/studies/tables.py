@@ -9,7 +9,7 @@ from spd_fast.experiments import Outcome, aggregate, configuration, recipe
 from spd_fast.report.table import APD, PAPER, PAPER_APD, network_of, recovered_word, steps_word
 from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
 from spd_fast.studies.scaling import METHODS, SERIES, slope
-from spd_fast.studies.sources import Sources
+from spd_fast.studies.sources import Sources, machine
 from spd_fast.studies.study import Plan
 from spd_fast.train import Config
 
@@ -56,9 +56,8 @@ def _missing(sources: Sources, name: str) -> list[str] | None:
 
 
 def _where(record: Mapping[str, Any]) -> str:
-    machine = record["cuda"] or f"{record['processor']}, {record['threads']} thread(s)"
     gates = f"; {record['gates']} gates" if record.get("gates") else ""
-    return f"{machine}; torch {record['torch']}{gates}; {record['date'][:10]}"
+    return f"{machine(record)}; torch {record['torch']}{gates}; {record['date'][:10]}"
 
 
 def _pm(stats: Mapping[str, Any], digits: int) -> str:
@@ -191,8 +190,24 @@ def _size(config: Any) -> int:
     return sum(config.sites.values()) if isinstance(config.sites, dict) else config.components
 
 
+def _study_command(name: str) -> str:
+    return f"`spd-fast study {name} --out runs/paper/studies/{name}`"
+
+
+def _study_measured(sources: Sources, name: str) -> str:
+    """Command of a finished study, its machines, versions and days."""
+    where = sources.measured.get(name, {})
+    days = where.get("days", [])
+    told = [
+        *where.get("machines", []),
+        *where.get("versions", []),
+        " to ".join(days[:1] + days[1:][-1:]),
+    ]
+    return "; ".join([_study_command(name), *filter(None, told)]) + ".\n"
+
+
 def _study_missing(sources: Sources, name: str) -> str:
-    command = f"`spd-fast study {name} --out runs/paper/studies/{name}`"
+    command = _study_command(name)
     if name == "scaling":
         return f"{NOT_MEASURED}: {command}, at most a quarter of an hour a size and method.\n"
     plan = STUDIES[name].plan(False, STUDIES[name].seeds)
@@ -346,7 +361,8 @@ def all_tables(sources: Sources, pictures: str) -> dict[str, str]:
     for name, draw in STUDY_TABLES.items():
         rows = sources.studies.get(name)
         if rows:
-            tables[name] = f"![{name}]({pictures}/{name}.png)\n\n{draw(rows)}"
+            where = _study_measured(sources, name)
+            tables[name] = f"{where}\n![{name}]({pictures}/{name}.png)\n\n{draw(rows)}"
         else:
             tables[name] = _study_missing(sources, name)
     return tables

@@ -288,7 +288,29 @@ def test_studies_are_collected_and_their_runs_left_alone(tmp_path, finished, shi
     studied(name, False, everything)
     shutil.copytree(finished, everything / "studies" / name / "runs" / "a")
     written = sources.collect([everything], tmp_path / "paper")
-    assert [p.name for p in written] == [f"{name}.csv", f"{name}.png"]
+    assert [p.name for p in written] == [f"{name}.csv", f"{name}.png", f"{name}.json"]
+    environment = json.loads((finished / "env.json").read_text())
+    days = [environment["date"][:10]]
+    assert json.loads(written[2].read_text())["days"] == days
+    assert sources.read_sources(tmp_path / "paper").measured[name]["days"] == days
+
+
+def test_a_study_says_by_what_command_where_and_when(page):
+    folder = page.with_suffix("")
+    folder.mkdir()
+    rows = [
+        p | {"steps": c.config.steps}
+        for c in STUDIES["importance"].plan(False, (0,)).values()
+        for p in c.points
+    ]
+    measured = {"needed": 1, "live_components": 1, "ci_error": 0, "neuron_r2": 1, "site": "s"}
+    write_csv(folder / "importance.csv", [r | measured | {"stochastic_recon": 0} for r in rows])
+    where = {"machines": ["M, 1 thread(s)"], "versions": ["torch 3"], "days": ["a", "b", "c"]}
+    (folder / "importance.json").write_text(json.dumps(where))
+    page.write_text("<!-- table: importance -->\n<!-- end -->\n")
+    document.write_page(page)
+    command = "`spd-fast study importance --out runs/paper/studies/importance`"
+    assert f"{command}; M, 1 thread(s); torch 3; a to c.\n" in page.read_text()
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -334,7 +356,8 @@ def test_scaling_is_collected_where_every_series_went_to_its_end(tmp_path, sizes
     folder.mkdir(parents=True)
     write_csv(folder / "scaling.csv", rows)
     if whole:
-        (path,) = sources.collect([tmp_path / "runs"], tmp_path / "paper")
+        path, where = sources.collect([tmp_path / "runs"], tmp_path / "paper")
+        assert where.name == "scaling.json"
         assert path.name == "scaling.csv"
     else:
         with pytest.raises(UserError, match=r"scaling.csv is not the study scaling as it ships"):
