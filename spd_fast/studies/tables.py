@@ -190,20 +190,24 @@ def _size(config: Any) -> int:
     return sum(config.sites.values()) if isinstance(config.sites, dict) else config.components
 
 
-def _study_command(name: str) -> str:
-    return f"`spd-fast study {name} --out runs/paper/studies/{name}`"
+def _study_command(name: str, seeds: Sequence[str] = ()) -> str:
+    """``seeds``: of the rows, where the command names them because they are not the study's own."""
+    own = name not in STUDIES or not seeds or list(seeds) == list(map(str, STUDIES[name].seeds))
+    chosen = "" if own else f" --seeds {','.join(seeds)}"
+    return f"`spd-fast study {name}{chosen} --out runs/paper/studies/{name}`"
 
 
 def _study_measured(sources: Sources, name: str) -> str:
     """Command of a finished study, its machines, versions and days."""
     where = sources.measured.get(name, {})
+    seeds = sorted({row["seed"] for row in sources.studies[name] if "seed" in row}, key=int)
     days = where.get("days", [])
     told = [
         *where.get("machines", []),
         *where.get("versions", []),
         " to ".join(days[:1] + days[1:][-1:]),
     ]
-    return "; ".join([_study_command(name), *filter(None, told)]) + ".\n"
+    return "; ".join([_study_command(name, seeds), *filter(None, told)]) + ".\n"
 
 
 def _study_missing(sources: Sources, name: str) -> str:

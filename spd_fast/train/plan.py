@@ -60,6 +60,7 @@ from spd_fast.model import DecomposedModel
 from spd_fast.model.ci_fns import GLOBAL_CI_FNS, KEPT, MLPGate
 from spd_fast.model.decomposed import NEURONS
 from spd_fast.model.sites import matrix_of, submodules
+from spd_fast.ops.gate import GateEval, definite_eval
 from spd_fast.train.config import TrainConfig
 
 __all__ = ["Plan", "make_plan"]
@@ -67,8 +68,8 @@ __all__ = ["Plan", "make_plan"]
 MIB = 2**20
 # Neurons of gates a second and core, forward and backward, of the C++ kernels (docs/results.md).
 GATE_FORWARD, GATE_BACKWARD = 1.7e9, 0.9e9
-# An interpolated gate takes as long as this many of them, however many it has (gate against
-# gate_interpolated in bench/results/cpu.csv, without their products: 6.3 and 8.4).
+# An interpolated gate takes as long as this many of them, however many it has: gate against
+# gate_interpolated in bench/results/cpu.csv, without their products (6.3 and 8.4).
 INTERPOLATED = 8
 # Activations of transformers that keep tensors which torch's own does not.
 COMPOSED_GELUS = ("NewGELUActivation", "FastGELUActivation")
@@ -318,7 +319,9 @@ def _memory(
     }
 
 
-def _flops(model: DecomposedModel, config: TrainConfig, N: int) -> float:
+def _flops(
+    model: DecomposedModel, config: TrainConfig, N: int, forwards: tuple[float, float]
+) -> float:
     """Floating-point operations of the matrix products of a step in pieces of N positions."""
     sites, widening, width = list(model.sites.values()), model.widening(), _width(model)
     read = [s for s in sites if s.kind != "embedding"]
@@ -337,12 +340,29 @@ def _flops(model: DecomposedModel, config: TrainConfig, N: int) -> float:
         trained = together * whole + alone * single
         return 2 * products * trained + 4 * N * (passed * whole + own * single / 2)
 
-    whole, single, _ = _forwards(config, len(sites), N)
-    piece = 2 * N * own + 4 * clean + masked(whole, single, 3)
+    piece = 2 * N * own + 4 * clean + masked(*forwards, 3)
     # An adversary's ascents need no gradients of V and U.
     piece += masked(*_ascents(config, len(sites)), 2)
     faithfulness = 6.0 * sum(s.components * s.d_in * s.d_out for s in read)
     return config.accumulation * piece + faithfulness
+
+
+def _evaluated(model: DecomposedModel) -> int:
+    """Neurons of gates a position, an interpolated gate counting as :data:`INTERPOLATED`."""
+    evaluated = 0
+    # One network for all sites is no gate.
+    for site, network in zip(model.sites.values(), model.ci_fns.values(), strict=False):
+        if not isinstance(network, MLPGate):
+            continue
+        hidden = max(model.options["ci_hidden"])
+        how: GateEval = "exact"
+        if site.kind != "embedding":
+            how = definite_eval(
+                model.gate_eval, model.backend, model.V(site.name), network.weights, model.sigmoid
+            )
+        most = INTERPOLATED if how == "interpolated" else hidden
+        evaluated += site.components * min(hidden, most)
+    return evaluated
 
 
 def make_plan(
@@ -366,15 +386,13 @@ def make_plan(
     hidden = max(model.options["ci_hidden"], default=0)
     gates = [m for m in model.ci_fns.values() if isinstance(m, MLPGate)]
     memory = _memory(model, config, backend, N, (whole, single, adversarial))
-    flops = _flops(model, config, N)
+    flops = _flops(model, config, N, (whole, single))
     neurons = float(positions * components * hidden) if gates else 0.0
     rate = (measure or _products_rate)(device)
     seconds = None
     if rate:
-        interpolated = backend == "cpu" and model.gate_eval != "exact" and hidden > INTERPOLATED
-        evaluated = neurons * INTERPOLATED / hidden if interpolated else neurons
-        cores = torch.get_num_threads()
-        seconds = flops / rate + evaluated / cores * (1 / GATE_FORWARD + 1 / GATE_BACKWARD)
+        evaluated = positions * _evaluated(model) / torch.get_num_threads()
+        seconds = flops / rate + evaluated * (1 / GATE_FORWARD + 1 / GATE_BACKWARD)
     described: dict[str, tuple[str, int, int, int, int]] = {
         s.name: (
             s.kind, s.d_in, s.d_out, s.components,

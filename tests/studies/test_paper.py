@@ -295,12 +295,13 @@ def test_studies_are_collected_and_their_runs_left_alone(tmp_path, finished, shi
     assert sources.read_sources(tmp_path / "paper").measured[name]["days"] == days
 
 
-def test_a_study_says_by_what_command_where_and_when(page):
+@pytest.mark.parametrize(("seeds", "named"), [((0,), ""), ((0, 10, 2), " --seeds 0,2,10")])
+def test_a_study_says_by_what_command_where_and_when(page, seeds, named):
     folder = page.with_suffix("")
     folder.mkdir()
     rows = [
         p | {"steps": c.config.steps}
-        for c in STUDIES["importance"].plan(False, (0,)).values()
+        for c in STUDIES["importance"].plan(False, seeds).values()
         for p in c.points
     ]
     measured = {"needed": 1, "live_components": 1, "ci_error": 0, "neuron_r2": 1, "site": "s"}
@@ -309,7 +310,7 @@ def test_a_study_says_by_what_command_where_and_when(page):
     (folder / "importance.json").write_text(json.dumps(where))
     page.write_text("<!-- table: importance -->\n<!-- end -->\n")
     document.write_page(page)
-    command = "`spd-fast study importance --out runs/paper/studies/importance`"
+    command = f"`spd-fast study importance{named} --out runs/paper/studies/importance`"
     assert f"{command}; M, 1 thread(s); torch 3; a to c.\n" in page.read_text()
 
 
