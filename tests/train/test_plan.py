@@ -230,18 +230,14 @@ def test_the_predicted_peak_of_a_network_is_within_15_per_cent_of_its_tensors(
     reason="no /proc/self/clear_refs, which resets the peak memory",
 )
 def test_the_predicted_peak_is_within_15_per_cent_of_the_measured_one():
-    def ratio():
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.train.measure_peak"],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout.splitlines()[-1])
-        return found["predicted"] / found["measured"]
-
-    # Of the resident set, 0.90 on an idle machine and down to 0.87 beside other work, which has a
-    # say in what a kernel keeps resident: it is measured again before it counts as missed.
-    assert any(0.85 < ratio() < 1.15 for _ in range(3))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.measure_peak"],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Of the resident set, measured: 0.90.
+    assert 0.85 < found["predicted"] / found["measured"] < 1.15
 
 
 def test_the_command_line_plans_an_experiment(capsys):
