@@ -477,7 +477,7 @@ def _toy_steps() -> list[Measurement]:
 
 
 def verdicts(results: list[Measurement]) -> list[str]:
-    """Every bar of DESIGN §8 with what was measured, or that nothing was."""
+    """Every bar with what was measured, or that nothing was."""
     by = {(r.workload, r.variant, r.passes): r for r in results}
     lines = []
 

@@ -1,9 +1,9 @@
 """Matrix products: which ones a workload requires, their flops, their bare time, the peak.
 
-The required flops are those of the matrix products of DESIGN §2; everything else must hide behind
-them. For an operation they are written down in the registry; for a training step they are the ones
-that the reference executes where it keeps residual streams as their factors, which it does not when
-it is timed.
+The required flops are those of the matrix products alone; everything else must hide
+behind them. For an operation they are written down in the registry; for a training step they are
+the ones that the reference executes where it keeps residual streams as their factors, which it does
+not when it is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.registry import OPERATIONS, OperationWorkload, Shape
 
 __all__ = ["Product", "bare_products", "flops", "matmul_peak", "record", "required", "site_flops"]
 
-# Letters of DESIGN §2 → rows and columns, as attributes of Shape.
+# Letters of the formulas → rows and columns, as attributes of Shape.
 DIMENSIONS = {
     "x": ("N", "d_in"),
     "V": ("d_in", "C"),
@@ -108,7 +108,7 @@ def record(call: Callable[[], object]) -> list[Product]:
     """The matrix products that ``call`` executes through torch, forward and backward.
 
     Batched ones are left out: they are how the reference computes its gates, N·C·hidden
-    multiplications that DESIGN §2 counts as elementwise work.
+    multiplications that count as elementwise work.
     """
     with _Recorder() as recorder:
         call()

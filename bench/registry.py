@@ -165,8 +165,8 @@ class Workload:
 
     Attributes:
         bars: of the fused backends.
-        authors_ms, authors_mb: the authors' code on such a machine, as DESIGN §8 gives it:
-            constants to set a measurement against, not measured here.
+        authors_ms, authors_mb: the authors' code on such a machine: constants to set a
+            measurement against, not measured here.
         compiled: whether torch.compile takes part unless asked for: its compilation of a whole
             step takes minutes.
         interpolated: whether steps with interpolated gates are measured besides.

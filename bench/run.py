@@ -57,7 +57,7 @@ FIELDS = [
     "extra_ratio", "peak_mb", "error_ratio", "bars", "processor", "cores", "threads",
     "instruction_set", "torch", "python", "spd_fast", "commit", "malloc", "load_average", "started",
 ]  # fmt: skip
-AUTHORS = "authors (DESIGN figures, not measured here)"
+AUTHORS = "authors (known figures, not measured here)"
 
 
 @dataclass
@@ -317,7 +317,7 @@ def print_table(results: list[Result], peaks: dict[torch.dtype, float]) -> None:
     if not lines:
         print("\nno bars: none of these workloads has one at this size")
     else:
-        print("\nbars of DESIGN §8 (speedup_over_authors: against the lower end of their figure)")
+        print("\nbars (speedup_over_authors: against the lower end of their figure)")
         for r, line in lines:
             print(f"  {r.workload.name:<29}{r.provider:<18}{line}")
 

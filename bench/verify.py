@@ -2,7 +2,7 @@
 
     python -m bench.verify [NAME …] [--quick] [--providers P …]
 
-The rule of DESIGN §7: against the reference in float64, from the same rounded inputs, the error of
+The rule: against the reference in float64, from the same rounded inputs, the error of
 every output and gradient is at most twice that of the eager reference in the same dtype. (That the
 reference itself is right is what tests/oracle.py decides, independently.)
 """

@@ -93,6 +93,8 @@ def run(
     if seeds is not None:
         if seed is not None:
             raise UserError("--seed and --seeds: give one of them")
+        if any(change.partition("=")[0].strip() == "seed" for change in changes):
+            raise UserError("--set seed and --seeds: give one of them")
         data = set_keys(experiments.recipe(experiment), changes)
         numbers = experiments.parse_seeds(seeds)
         if experiments.language_configuration(data) is not None:
@@ -210,7 +212,17 @@ def paper(
     if page is not None:
         if not page.is_file():
             raise UserError(f"no page {page}")
+        running = {
+            "--out": out, "--quick": quick, "--only": only, "--jobs": jobs != 1,
+            "--memory-mb": memory_mb, "--device": device, "--backend": backend,
+        }  # fmt: skip
+        if given := [option for option, value in running.items() if value]:
+            raise UserError(f"--page fills a page and runs nothing: leave {given[0]} out")
         beside = page.with_suffix("")
+        if not (runs or estimate or beside.is_dir()):
+            raise UserError(
+                f"{page} is filled from {beside}, which is missing; name folders of runs"
+            )
         for path in sources.collect(runs or [], beside):
             print(path)
         if estimate:

@@ -273,6 +273,8 @@ def test_a_bad_setting_is_named(capsys, assignment, message):
         (["--steps", "-1"], "steps: input should be greater than or equal to 1, got -1"),
         (["--seed", "9" * 30], "seed: input should be less than 4294967296"),
         (["--stepz", "1"], "--stepz"),
+        (["--seeds", "0-1", "--seed", "3"], "--seed and --seeds: give one of them"),
+        (["--seeds", "0-1", "--set", "seed=3"], "--set seed and --seeds: give one of them"),
         (["--device", "gpu"], "unknown device 'gpu'; use cpu, cuda or cuda:N"),
         (["--device", "meta"], "device 'meta' is not supported"),
         (["--backend", "tritn"], "unknown backend 'tritn'; nearest: 'triton'"),
@@ -369,7 +371,8 @@ def test_out_that_cannot_be_written_to_is_refused(capsys):
 def test_out_that_holds_a_different_run_is_refused(capsys, copied):
     for options in ([], ["--resume"]):
         message = refused(capsys, "run", "tms_5-2", "--out", copied, *SMALL, "seed=1", *options)
-        assert message == f"{copied} already holds a different run; choose another --out"
+        how = "seed: 2 there, 1 here"
+        assert message == f"{copied} already holds a different run ({how}); choose another --out"
 
 
 def test_out_that_holds_this_run_is_refused_without_resume(capsys, copied):

@@ -1,4 +1,4 @@
-// The two leaky hard sigmoids of the causal importances (METHOD: lower for masks, upper for the penalty).
+// The two leaky hard sigmoids of the causal importances (lower for masks, upper for the penalty).
 // V is a scalar or a SIMD vector, T its scalar type.
 #pragma once
 

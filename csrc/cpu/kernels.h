@@ -80,7 +80,7 @@ struct GateBackward {
   T *grad_w_in, *grad_b_in, *grad_w_out, *grad_b_out;
 };
 
-// How the mask's sources and delta are drawn (DESIGN, Randomness).
+// How the mask's sources and delta are drawn (spd_fast/ops/random.py).
 struct Key {
   bool on;
   bool binomial;

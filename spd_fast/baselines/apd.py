@@ -21,6 +21,7 @@ waits twice a step, for R and for the test of linearity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,16 @@ class _Factors(nn.Module):
 def batch_topk(attributions: Tensor, k: float) -> Tensor:
     """Which of the attributions [N, C] are among the ⌊k N⌋ largest of them all: bool [N, C].
 
-    Exactly that many are kept: of equal ones the first in row order. No gradient passes.
+    Exactly that many are kept: of equal ones the first in row order. No gradient passes. What is
+    not a number is kept first, and so is seen in the output.
+
+    Raises:
+        UserError: k is negative or not finite.
     """
+    if not 0 <= k < math.inf:
+        raise UserError(f"batch_topk: k needs to be a number from 0 on, got {k}")
     flat = attributions.detach().flatten()
+    flat = torch.where(flat.isnan(), math.inf, flat)
     count = min(int(k * attributions.shape[0] + 1e-9), flat.numel())
     if count == 0:
         return torch.zeros_like(attributions, dtype=torch.bool)
@@ -146,8 +154,8 @@ class APDModel(SiteModel):
         backend: who computes faithfulness.
 
     Raises:
-        UserError: a pattern without match, sites of different C, or a backend that cannot run here
-            or on the target's device.
+        UserError: a pattern without match, sites of different C, a rank below 1, or a backend that
+            cannot run here or on the target's device.
     """
 
     def __init__(
@@ -170,6 +178,9 @@ class APDModel(SiteModel):
         if len(set(counts.values())) != 1:
             raise UserError(f"APD's components span all sites, which need the same C, got {counts}")
         self.components = next(iter(counts.values()))
+        for name, value, least in (("rank", rank, 1), ("extra_rank", extra_rank, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UserError(f"{name} needs to be a whole number from {least} on, got {value!r}")
         self.options = {"rank": rank, "extra_rank": extra_rank, "seed": seed}
         self.backend = backend
         generator = torch.Generator().manual_seed(mixed_seed(seed, "initialise components"))
@@ -236,8 +247,14 @@ class APDModel(SiteModel):
     def attribute(self, batch: Tensor) -> Attributed:
         """The target's forward on ``batch`` [N, features], and the gradient attributions
         a_c = Σ_o (Σ_l ∂f_o/∂post_l · (P_cl pre_l))²: the derivative of every output f_o in the
-        direction in which component c moves all sites' outputs at once (METHOD §7).
+        direction in which component c moves all sites' outputs at once
+        (arXiv 2501.14926).
+
+        Raises:
+            UserError: a batch of another shape, or without a sample.
         """
+        if batch.ndim != 2 or not len(batch):
+            raise UserError(f"attribute needs a batch [N, features], got {list(batch.shape)}")
         with torch.no_grad():
             outputs = self.target(batch[:1]).shape[-1]
         width = sum(site.d_out for site in self.sites.values())
@@ -388,7 +405,14 @@ class APDModel(SiteModel):
         every site's output. ``kept``: bool [N, C].
 
         Components are applied to the rows that keep them, not masked out in the others.
+
+        Raises:
+            UserError: ``kept`` of another shape.
         """
+        if kept.shape != (len(batch), self.components):
+            raise UserError(
+                f"kept needs the shape {[len(batch), self.components]}, got {list(kept.shape)}"
+            )
         rows, outputs = routes(kept), dict[str, Tensor]()
 
         def routed(name: str, site: Site) -> Callable[[Tensor], Tensor]:

@@ -91,6 +91,10 @@ class APDConfig(LoopConfig):
                 f"top_k {self.top_k} keeps no component of a batch of {self.batch_size}; "
                 "top_k · batch_size needs to be at least 1"
             )
+        if self.top_k > self.components:
+            raise ValueError(
+                f"top_k {self.top_k} is more than there are components, {self.components}"
+            )
         if self.losses.activation_recon > 0 and not isinstance(self.target, ResidMLPTarget):
             raise ValueError(
                 "losses.activation_recon compares activations after mlp_in: residual MLPs only"

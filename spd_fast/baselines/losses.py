@@ -1,4 +1,4 @@
-"""APD's losses (METHOD §7), each a scalar of one step's forwards."""
+"""APD's losses (arXiv 2501.14926), each a scalar of one step's forwards."""
 
 from __future__ import annotations
 

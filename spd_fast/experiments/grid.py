@@ -19,7 +19,7 @@ from spd_fast.experiments.recipes import AnyConfig
 from spd_fast.experiments.records import read_evaluation
 from spd_fast.experiments.runs import Run, check_device, load_run, run
 from spd_fast.train import load_config
-from spd_fast.train.config import says
+from spd_fast.train.config import difference
 from spd_fast.train.progress import Progress
 
 __all__ = ["Outcome", "outcomes", "run_grid"]
@@ -43,9 +43,9 @@ def _finished(folder: Path, config: AnyConfig) -> Outcome | None:
     """
     if not (folder / "config.yaml").exists():
         return None
-    if not says(load_config(folder / "config.yaml"), config):
+    if (how := difference(load_config(folder / "config.yaml"), config)) is not None:
         raise UserError(
-            f"{folder} holds a run with other settings; choose another --out, or remove it"
+            f"{folder} holds a run with other settings ({how}); choose another --out, or remove it"
         )
     if (folder / DIVERGED).exists():
         reason = json.loads((folder / DIVERGED).read_text(encoding="utf-8"))["reason"]

@@ -30,7 +30,7 @@ from spd_fast.experiments.seeds import check_seeds_folder, spread
 from spd_fast.model import DecomposedModel
 from spd_fast.train import Trainer, load_config
 from spd_fast.train.checkpoint import load_checkpoint, numbered_checkpoints
-from spd_fast.train.config import LanguageConfig, TokenData, says, validate
+from spd_fast.train.config import LanguageConfig, TokenData, difference, validate
 
 __all__ = [
     "LanguageRun",
@@ -266,9 +266,9 @@ def _finished(folder: Path, config: LanguageConfig) -> dict[str, Any] | None:
     held = folder / "config.yaml"
     if not held.exists():
         return None
-    if not says(load_config(held), config):
+    if (how := difference(load_config(held), config)) is not None:
         raise UserError(
-            f"{folder} holds a run with other settings; choose another --out, or remove it"
+            f"{folder} holds a run with other settings ({how}); choose another --out, or remove it"
         )
     return read_language_evaluation(folder) if (folder / "eval.json").exists() else None
 

@@ -128,7 +128,7 @@ def _read(folder: Path, kind: type[BaseModel], of: str) -> dict[str, Any]:
         raise UserError(f"{folder} holds no finished run ({error})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); `spd-fast eval` makes it again") from None
-    _check(evaluation, kind, f"{path} is not the evaluation of {of}")
+    _check(evaluation, kind, f"{path} is not the evaluation of {of}, which `spd-fast eval` makes")
     return evaluation
 
 

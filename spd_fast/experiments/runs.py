@@ -50,7 +50,7 @@ from spd_fast.losses import Step, stochastic_recon
 from spd_fast.model import DecomposedModel
 from spd_fast.targets.tms import represented_features
 from spd_fast.train import Config, Trainer, load_config
-from spd_fast.train.config import ResidMLPTarget, says
+from spd_fast.train.config import ResidMLPTarget, difference
 from spd_fast.train.loop import TrainingLoop
 from spd_fast.train.progress import Progress
 
@@ -135,8 +135,8 @@ def check_out(out: Path, config: BaseModel, resume: bool) -> None:
         raise UserError(f"--out {out} cannot be made: {parent} is no folder that can be written to")
     held = out / "config.yaml"
     if held.exists():
-        if not says(load_config(held), config):
-            raise UserError(f"{out} already holds a different run; choose another --out")
+        if (how := difference(load_config(held), config)) is not None:
+            raise UserError(f"{out} already holds a different run ({how}); choose another --out")
         if not resume:
             raise UserError(f"{out} already holds this run; pass --resume to continue it")
     elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
@@ -275,7 +275,10 @@ def _trained_target(config: AnyConfig, out: Path) -> nn.Module | None:
     if config.target.path is not None:
         return targets.load_target(config.target, Path(config.target.path))
     if (out / "target" / "config.json").exists():
-        return targets.load_target(config.target, out / "target")
+        try:
+            return targets.load_target(config.target, out / "target")
+        except UserError as error:
+            raise UserError(f"{error}; without {out / 'target'} it is trained again") from None
     return None
 
 

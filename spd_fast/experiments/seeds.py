@@ -33,7 +33,7 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,10})(?:\s*-\s*(\d{1,10}))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,10})(?:\s*-\s*(\d{1,10}))?\s*", part, re.ASCII)
         if match is None:
             raise UserError(f"--seeds needs numbers such as 0-4 or 0,2,5, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])

@@ -123,7 +123,7 @@ class DecomposedModel(SiteModel):
             inside), or the folder or hub id of a Hugging Face model.
         sites: dotted module path or glob → number of components C. ``<path>.pre_identity`` inserts
             a site with W = I at the input of that module.
-        ci_fn, ci_hidden: causal-importance function and its hidden widths (METHOD §2): ``mlp``,
+        ci_fn, ci_hidden: causal-importance function and its hidden widths: ``mlp``,
             ``linear``, ``vector_mlp``, ``shared_mlp``, ``global_mlp``, ``transformer``.
         ci_transformer: ``d_model``, ``layers`` and ``heads`` of the last one.
         sigmoid: preset of the leaky sigmoids, ``paper`` or ``2026``.

@@ -1,6 +1,6 @@
 """Inner activations of an embedding site: h = V[token], a gather in the place of x V.
 
-The input of an embedding is a one-hot row x, so row V[token] is x V (METHOD: inner activation), and
+The input of an embedding is a one-hot row x, so row V[token] is x V (the inner activation), and
 V̄[t] = Σ_{n: token_n = t} h̄_n.
 """
 

@@ -19,6 +19,7 @@ from spd_fast.experiments.recipes import AnyConfig, configuration, expected_site
 from spd_fast.experiments.runs import EVALUATION_BATCH, MIN_NEURON_R2, Run, contributions
 from spd_fast.model import DecomposedModel
 from spd_fast.train import Config
+from spd_fast.train.config import flat
 
 __all__ = [
     "Activity",
@@ -155,23 +156,13 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
     return Verdict("missed", "Not recovered", check)
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def recipe_changes(config: AnyConfig) -> list[tuple[str, str, str]] | None:
     """Settings that differ from the shipped recipe of the same name: (key, recipe's, this run's);
     None where there is no such recipe. The seed is not a difference, nor is how often to log."""
     if config.name not in recipes():
         return None
-    ours = _flat(config.model_dump(mode="json"))
-    theirs = _flat(configuration(recipe(config.name)).model_dump(mode="json"))
+    ours = flat(config.model_dump(mode="json"))
+    theirs = flat(configuration(recipe(config.name)).model_dump(mode="json"))
     aside = {"seed", "log_every", "checkpoint_every", "keep_checkpoints"}
     keys = [k for k in {**theirs, **ours} if k not in aside and theirs.get(k) != ours.get(k)]
     return [(k, str(theirs.get(k, "—")), str(ours.get(k, "—"))) for k in keys]

@@ -17,33 +17,49 @@ from spd_fast.studies.tables import all_tables
 
 __all__ = ["fill", "write_page"]
 
-_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+_MARK = re.compile(r"^<!-- (?:table: (?P<table>\S+)|end) -->$", re.M)
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
     """``text`` with every marked table replaced.
 
     Raises:
-        UserError: a mark that names no table.
+        UserError: no mark, one that names no table, or marks that are not in pairs.
     """
-
-    def replace(match: re.Match[str]) -> str:
-        if match[2] not in tables:
-            raise UserError(f"no table {match[2]!r}; known: {', '.join(tables)}")
-        return f"{match[1]}{tables[match[2]]}{match[3]}"
-
-    return _TABLE.sub(replace, text)
+    parts, kept, opened = [], 0, None
+    for mark in _MARK.finditer(text):
+        name = mark["table"]
+        if opened is not None and name is not None:
+            raise UserError(f"table {opened!r} has no <!-- end --> before table {name!r}")
+        if opened is None and name is None:
+            line = text.count("\n", 0, mark.start()) + 1
+            raise UserError(f"line {line}: <!-- end --> without a table's mark before it")
+        if name is not None:
+            if name not in tables:
+                raise UserError(f"no table {name!r}; known: {', '.join(tables)}")
+            parts.append(f"{text[kept : mark.end()]}\n{tables[name]}")
+        kept, opened = mark.start(), name
+    if opened is not None:
+        raise UserError(f"table {opened!r} has no <!-- end --> after it")
+    if not parts:
+        raise UserError("no <!-- table: NAME --> ... <!-- end --> on a line of its own")
+    return "".join([*parts, text[kept:]])
 
 
 def write_page(page: Path) -> None:
     """Fill the tables of a page from its sources.
 
     Raises:
-        UserError: no such page, or a mark that names no table.
+        UserError: no such page, marks as in :func:`fill`, or a source that cannot be read.
     """
     try:
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {page}: {error}") from None
     sources = read_sources(page.with_suffix(""))
-    write_bytes(page, fill(text, all_tables(sources, page.stem)).encode())
+    tables = all_tables(sources, page.stem)
+    try:
+        filled = fill(text, tables)
+    except UserError as error:
+        raise UserError(f"cannot fill {page}: {error}") from None
+    write_bytes(page, filled.encode())

@@ -104,7 +104,13 @@ def paper(options: Options, only: str | None = None, memory_mb: float | None = N
     runs, plans = planned(options.quick)
     chosen = {k: c for k, c in runs.items() if only is None or fnmatch.fnmatchcase(k, only)}
     if not chosen and only != "scaling":
-        raise UserError(f"--only {only!r} matches no run; runs are called as {next(iter(runs))!r}")
+        raise UserError(
+            f"--only {only!r} matches no run; runs are called as {next(iter(runs))!r} or "
+            f"'studies/splitting/*', and there is 'scaling'"
+        )
+    held = [n for n in ("config.yaml", "aggregate.json") if (options.out / n).exists()]
+    if held:
+        raise UserError(f"--out {options.out} holds a run ({held[0]}); choose another")
     # An aggregate counts the seeds that were finished before as well.
     recipes = {key.rpartition("/seed")[0] for key in chosen}
     same_recipe = {

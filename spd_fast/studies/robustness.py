@@ -89,7 +89,6 @@ def rows(plan: Plan, found: Mapping[str, Outcome]) -> list[Row]:
             **{name: site[name] for name in FROM_SITE},
             "steps": config.steps,
             "batch_size": config.batch_size,
-            "seconds": evaluation["seconds"] if evaluation else None,
         }
         table += [labels | measured for labels in cell.points]
     return sorted(table, key=lambda row: [row[k] for k in ORDER])

@@ -39,7 +39,7 @@ class Sources:
 
     runs: Records = field(default_factory=dict)
     studies: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    measured: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -87,8 +87,8 @@ def machine(environment: Mapping[str, Any]) -> str:
     )
 
 
-def _measured(folder: Path) -> dict[str, list[str]]:
-    """Machines, versions and days of a study's runs or cells, sorted."""
+def _measured(folder: Path, rows: int) -> dict[str, Any]:
+    """Machines, versions and days of a study's runs or cells, sorted, and how many rows it has."""
     found = [_environment(path) for path in folder.glob("runs/*/env.json")]
     found += [_environment(p).get("environment", {}) for p in folder.glob("cells/*.json")]
     found = [environment for environment in found if environment]
@@ -98,6 +98,7 @@ def _measured(folder: Path) -> dict[str, list[str]]:
             {f"torch {e.get('torch')}, spd_fast {e.get('spd_fast')}" for e in found}
         ),
         "days": sorted({str(e.get("date"))[:10] for e in found}),
+        "rows": rows,
     }
 
 
@@ -109,17 +110,32 @@ def _gates(config: AnyConfig, backend: str) -> str | None:
     return "interpolated" if fast or config.gate_eval == "interpolated" else "exact"
 
 
-def _check_study(table: Path) -> None:
-    """Raise UserError unless a study's table is of the whole study, as it ships."""
-    name = table.stem
+def _read_rows(table: Path) -> list[dict[str, str]]:
+    """A study's table.
+
+    Raises:
+        UserError: unreadable, without a row, or a row of more or fewer cells than the header.
+    """
     try:
         with table.open(encoding="utf-8", newline="") as f:
             rows = list(csv.DictReader(f))
-        whole = bool(rows) and (_whole_scaling(rows) if name == "scaling" else _planned(name, rows))
-    except (OSError, ValueError, KeyError, csv.Error):
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {table}: {error}") from None
+    if not rows or any(None in row or None in row.values() for row in rows):
+        raise UserError(f"cannot read {table}: cut short; make it again from the study's folder")
+    return rows
+
+
+def _check_study(table: Path) -> list[dict[str, str]]:
+    """The rows of a study's table, which is of the whole study, as it ships, or a UserError."""
+    name, rows = table.stem, _read_rows(table)
+    try:
+        whole = _whole_scaling(rows) if name == "scaling" else _planned(name, rows)
+    except (ValueError, KeyError):
         whole = False
     if not whole:
         raise UserError(f"{table} is not the study {name} as it ships; one in small proves nothing")
+    return rows
 
 
 def _planned(name: str, rows: Sequence[Mapping[str, str]]) -> bool:
@@ -168,11 +184,10 @@ def collect(folders: Iterable[Path], into: Path) -> list[Path]:
             path = into / "evaluations" / f"{name}.json"
             contents[path] = (json.dumps(record, indent=1) + "\n").encode()
         for table in filter(Path.exists, tables):
-            _check_study(table)
+            rows = _check_study(table)
             for path in (table, table.with_suffix(".png")):
-                if path.exists():
-                    contents[into / path.name] = path.read_bytes()
-            where = json.dumps(_measured(table.parent), indent=1) + "\n"
+                contents[into / path.name] = _read_bytes(path)
+            where = json.dumps(_measured(table.parent, len(rows)), indent=1) + "\n"
             contents[into / f"{table.stem}.json"] = where.encode()
     for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +221,13 @@ def estimate(into: Path, say: Callable[[str], None] = print) -> Path:
     return path
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}; run the study again, it draws it") from None
+
+
 def _read_mapping(path: Path, held: type) -> dict[str, Any]:
     """A JSON object whose values are of the type ``held``."""
     try:
@@ -233,11 +255,16 @@ def read_sources(folder: Path) -> Sources:
     for name in (*STUDIES, "scaling"):
         path = folder / f"{name}.csv"
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as f:
-                sources.studies[name] = list(csv.DictReader(f))
+            rows = sources.studies[name] = _read_rows(path)
             where = path.with_suffix(".json")
-            if where.exists():
-                sources.measured[name] = _read_mapping(where, list)
+            measured = sources.measured[name] = _read_mapping(where, object)
+            if not all(isinstance(measured.get(k), list) for k in ("machines", "versions", "days")):
+                raise UserError(f"cannot read {where}: it holds something else")
+            if measured.get("rows") != len(rows):
+                told = measured.get("rows")
+                raise UserError(f"{path} has {len(rows)} rows, but {where.name} counted {told}")
+            if not path.with_suffix(".png").is_file():
+                raise UserError(f"no figure {path.with_suffix('.png')} beside {path.name}")
     path = folder / "estimates.json"
     if path.exists():
         sources.estimates = _read_mapping(path, dict)

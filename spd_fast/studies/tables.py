@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from spd_fast.errors import UserError
 from spd_fast.experiments import Outcome, aggregate, configuration, recipe
 from spd_fast.report.table import APD, PAPER, PAPER_APD, network_of, recovered_word, steps_word
 from spd_fast.studies.paper import SEEDS, STUDIES, folder_of
@@ -365,8 +366,11 @@ def all_tables(sources: Sources, pictures: str) -> dict[str, str]:
     for name, draw in STUDY_TABLES.items():
         rows = sources.studies.get(name)
         if rows:
-            where = _study_measured(sources, name)
-            tables[name] = f"{where}\n![{name}]({pictures}/{name}.png)\n\n{draw(rows)}"
+            try:
+                where, table = _study_measured(sources, name), draw(rows)
+            except (KeyError, ValueError, TypeError) as error:
+                raise UserError(f"{name}.csv is no table of the study {name}: {error!r}") from None
+            tables[name] = f"{where}\n![{name}]({pictures}/{name}.png)\n\n{table}"
         else:
             tables[name] = _study_missing(sources, name)
     return tables

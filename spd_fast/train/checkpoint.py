@@ -108,7 +108,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: truncated, incomplete, or not a checkpoint of this program.
     """
-    advice = "remove that folder to resume from the one before it"
+    others = [p for p in numbered_checkpoints(path.parent) if p != path]
+    then = "resume from the one before it" if others else "begin anew"
+    advice = f"remove that folder to {then}"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state.get("format") != FORMAT:

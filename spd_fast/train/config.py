@@ -44,10 +44,11 @@ __all__ = [
     "TokenData",
     "TrainConfig",
     "WarmUpConfig",
+    "difference",
+    "flat",
     "load_config",
     "parse_config",
     "plain_name",
-    "says",
     "set_keys",
     "validate",
 ]
@@ -382,12 +383,37 @@ def validate(data: Any, kind: type[ModelT]) -> ModelT:
         raise UserError(_one_line(error, kind)) from None
 
 
-def says(held: dict[str, Any], config: BaseModel) -> bool:
-    """Whether a run's file says ``config``; settings that it does not know have their defaults."""
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+_TOLD = 2  # settings that differ, in an error message
+
+
+def difference(held: dict[str, Any], config: BaseModel) -> str | None:
+    """How a run's file differs from ``config``, for an error message; None where it does not.
+    Settings that the file does not know have their defaults."""
     try:
-        return validate(held, type(config)).model_dump_json() == config.model_dump_json()
-    except UserError:
-        return False
+        there = validate(held, type(config))
+    except UserError as error:
+        return str(error)
+    if there.model_dump_json() == config.model_dump_json():
+        return None
+    theirs, ours = (flat(c.model_dump(mode="json")) for c in (there, config))
+    keys = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    said = [
+        f"{k}: {_SHORT.repr(theirs.get(k))} there, {_SHORT.repr(ours.get(k))} here"
+        for k in keys[:_TOLD]
+    ]
+    said += [f"{len(keys) - _TOLD} more"] if len(keys) > _TOLD else []
+    return "; ".join(said) or "its sites are in another order"
 
 
 def parse_config(data: Any) -> Config:

@@ -274,6 +274,42 @@ def test_of_equal_attributions_the_first_are_kept_and_no_more():
     ]
 
 
+def test_what_is_no_number_is_kept_and_so_seen():
+    a = torch.tensor([[0.0, torch.nan], [5.0, torch.inf], [7.0, 6.0]])
+    assert batch_topk(a, 1).tolist() == [[False, True], [False, True], [True, False]]
+
+
+@pytest.mark.parametrize("k", [-1, float("nan"), float("inf")])
+def test_how_many_to_keep_is_a_number(k):
+    with pytest.raises(UserError, match="k needs to be a number from 0 on"):
+        batch_topk(torch.rand(4, 3), k)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": 0}, "rank needs to be a whole number from 1 on, got 0"),
+        ({"rank": -1}, "rank needs to be a whole number from 1 on, got -1"),
+        ({"rank": 1.5}, "rank needs to be a whole number from 1 on, got 1.5"),
+        ({"extra_rank": -1}, "extra_rank needs to be a whole number from 0 on, got -1"),
+    ],
+)
+def test_a_rank_that_is_none_is_refused(options, match):
+    with pytest.raises(UserError, match=match):
+        make_model("tms", **options)
+
+
+def test_batches_and_selections_of_other_shapes_are_refused():
+    model, batch = make_model("tms"), make_batch("tms")
+    for wrong in (batch[:0], batch[0], batch[None]):
+        with pytest.raises(UserError, match=r"attribute needs a batch \[N, features\]"):
+            model.attribute(wrong)
+    kept = torch.ones(len(batch), 4, dtype=torch.bool)
+    for wrong_kept in (kept[:1], kept[:, :3], kept[None]):
+        with pytest.raises(UserError, match=rf"kept needs the shape \[{len(batch)}, 4\]"):
+            model.kept_forward(batch, wrong_kept)
+
+
 def test_no_gradient_passes_the_selection():
     a = torch.rand(4, 3, requires_grad=True)
     assert not batch_topk(a, 1).requires_grad

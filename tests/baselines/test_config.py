@@ -13,7 +13,8 @@ from spd_fast.train import Config, set_keys
 NAMES = [name for name in recipes() if name.startswith("apd/")]
 ALL = pytest.mark.parametrize("name", NAMES)
 
-# METHOD §7. name: C, top-k, recon, Schatten, p, lr, schedule, warm-up, batch, steps
+# The published recipes (arXiv 2501.14926).
+# name: C, top-k, recon, Schatten, p, lr, schedule, warm-up, batch, steps
 PUBLISHED = {
     "apd/tms_5-2": (5, 0.211, 1, 0.7, 1, 0.03, "constant", 0.05, 2048, 20_000),
     "apd/tms_40-10": (50, 1, 10, 20, 0.9, 1e-3, "quarter_cosine", 0.05, 2048, 20_000),
@@ -101,6 +102,7 @@ def test_without_a_method_a_configuration_is_spds():
          "losses={faithfulness: 0, topk_recon: {coeff: 0, over_outputs: mean}, "
          "schatten: {coeff: 0, p: 1}}"),
         ("top_k 0.0001 keeps no component of a batch of 2048", "top_k=0.0001"),
+        ("top_k 6.0 is more than there are components, 5", "top_k=6"),
         ("activation_recon compares .* residual MLPs only", "losses.activation_recon=1"),
     ],
 )  # fmt: skip

@@ -109,7 +109,9 @@ def test_a_run_that_diverges_is_an_outcome_and_the_others_go_on(tmp_path):
 def test_runs_of_other_settings_are_refused_before_anything_runs(copied):
     shutil.rmtree(copied / "a")
     configs = CONFIGS | {"b": small(*FEW, "lr=0.5")}
-    with pytest.raises(UserError, match="b holds a run with other settings"):
+    with pytest.raises(
+        UserError, match=r"b holds a run with other settings \(lr: .* there, 0.5 here\)"
+    ):
         run_grid(configs, copied, label="two", quiet=True)
     assert not (copied / "a").exists()
 

@@ -254,8 +254,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_a_different_run_is_refused(copied, resume):
-    match = "already holds a different run"
+    match = r"already holds a different run \(lr: [\d.e-]+ there, 0.5 here\); choose"
     assert_refused(match, small("lr=0.5"), copied, resume=resume)
+    match = r"\(.*; .*; 1 more\)"
+    assert_refused(match, small("lr=0.5", "seed=9", "batch_size=7"), copied, resume=resume)
 
 
 def test_a_run_of_before_a_setting_existed_is_the_same_run(copied):
@@ -263,7 +265,7 @@ def test_a_run_of_before_a_setting_existed_is_the_same_run(copied):
     path.write_text(path.read_text().replace("lr_warm_up: 0.0\n", ""))
     assert_refused("already holds this run; pass --resume", small(), copied)
     path.write_text(path.read_text() + "colour: red\n")
-    assert_refused("already holds a different run", small(), copied)
+    assert_refused(r"already holds a different run \(unknown key 'colour'", small(), copied)
 
 
 def test_a_folder_of_the_same_run_needs_resume(copied):
@@ -291,7 +293,11 @@ def test_a_foreign_checkpoint_is_refused(copied):
 def test_a_damaged_target_in_the_folder_is_refused(copied):
     path = copied / "target" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    assert_refused("no readable target", small(), copied, resume=True)
+    match = r"no readable target .*; without .*target it is trained again"
+    assert_refused(match, small(), copied, resume=True)
+    shutil.rmtree(copied / "target")
+    shutil.rmtree(copied / "checkpoints")
+    run(small(), copied, resume=True, quiet=True)
 
 
 def test_the_checkpoint_before_a_damaged_one_serves_once_it_is_removed(copied, finished):

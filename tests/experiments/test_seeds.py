@@ -38,6 +38,7 @@ def test_seeds_are_ranges_and_lists(text, seeds):
         ("1,,2", "got '1,,2'"),
         ("-1", "got '-1'"),
         ("1.5", "got '1.5'"),
+        ("٣", "got '٣'"),
         ("4-0", "the range 4-0 ends before it begins"),
         ("4294967296", r"below 2\^32"),
         ("0-99999", "at most 1000 seeds, got 0-99999"),

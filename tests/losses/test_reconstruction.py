@@ -1,4 +1,4 @@
-"""Reconstruction by importances and unmasked, against METHOD's formulas in float64."""
+"""Reconstruction by importances and unmasked, against the paper's formulas in float64."""
 
 from __future__ import annotations
 

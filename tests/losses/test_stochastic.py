@@ -1,4 +1,4 @@
-"""Stochastic reconstruction, whole and layerwise, against METHOD's formulas in float64."""
+"""Stochastic reconstruction, whole and layerwise, against the paper's formulas in float64."""
 
 from __future__ import annotations
 

@@ -84,9 +84,20 @@ def test_the_paper_is_run_once_and_continued(tmp_path, little):
 
 
 def test_a_pattern_without_a_run_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"--only 'tms_6\*' matches no run; runs are called as"):
+    match = (
+        r"--only 'tms_6\*' matches no run; runs are called as .*'studies/splitting/\*'.*'scaling'"
+    )
+    with pytest.raises(UserError, match=match):
         paper(Options(tmp_path / "out", quiet=True), only="tms_6*")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "aggregate.json"])
+def test_the_folder_of_a_run_is_no_place_for_the_paper(tmp_path, little, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=rf"holds a run \({name}\); choose another"):
+        paper(Options(tmp_path, quiet=True))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 # The page.
@@ -202,13 +213,21 @@ def test_estimates_are_steps_times_cpu_time(page):
     assert row.endswith("no estimate |")
 
 
+def place(folder, name, table, **where):
+    """A study among the sources of a page."""
+    (folder / f"{name}.csv").write_text(table)
+    (folder / f"{name}.png").write_text("x")
+    rows = len(table.splitlines()) - 1
+    where = {"machines": [], "versions": [], "days": [], "rows": rows} | where
+    (folder / f"{name}.json").write_text(json.dumps(where))
+
+
 def test_a_study_shows_its_figure_and_its_table(page):
     folder = page.with_suffix("")
     folder.mkdir()
-    (folder / "splitting.csv").write_text(
-        "network,seed,multiple,site,needed,components,live_components,ci_error,recovered\n"
-        "tms_5-2-id,0,4,linear1,5,20,5,0,True\ntms_5-2-id,0,4,linear2,5,20,6,0,True\n"
-    )
+    header = "network,seed,multiple,site,needed,components,live_components,ci_error,recovered"
+    lines_ = ["tms_5-2-id,0,4,linear1,5,20,5,0,True", "tms_5-2-id,0,4,linear2,5,20,6,0,True"]
+    place(folder, "splitting", "\n".join([header, *lines_, ""]))
     assert lines(page, "![splitting](paper/splitting.png)")
     assert lines(page, "| tms_5-2-id | 0 | 4× | 5 of 20 | 6 of 20 | True |")
 
@@ -216,6 +235,35 @@ def test_a_study_shows_its_figure_and_its_table(page):
 def test_a_mark_without_a_table_is_an_error():
     with pytest.raises(UserError, match="no table 'nope'; known: a"):
         document.fill("<!-- table: nope -->\n<!-- end -->", {"a": ""})
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("A\n[a]\nold\nprose\n[b]\nold\n[end]\n", "'a' has no <!-- end --> before table 'b'"),
+        ("[a]\n[a]\nold\n[end]\n", "'a' has no <!-- end --> before table 'a'"),
+        ("[a]\nold\n[end]\nprose\n[b]\nold\n", "'b' has no <!-- end --> after it"),
+        ("prose\n[end]\n[a]\n[end]\n", "line 2: <!-- end --> without a table's mark"),
+        ("[a]\n[end]\n[end]\n", "line 3: <!-- end --> without a table's mark"),
+        ("prose", "no <!-- table: NAME -->"),
+        ("", "no <!-- table: NAME -->"),
+        ("in prose [a] and [end]", "no <!-- table: NAME -->"),
+    ],
+)
+def test_marks_that_are_not_in_pairs_leave_the_page_as_it_is(page, text, match):
+    marked = re.sub(r"\[(a|b)\]", r"<!-- table: \1 -->", text).replace("[end]", "<!-- end -->")
+    with pytest.raises(UserError, match=re.escape(match)):
+        document.fill(marked, {"a": "A\n", "b": "B\n"})
+    page.write_text(marked)
+    with pytest.raises(UserError, match="cannot fill"):
+        document.write_page(page)
+    assert page.read_text() == marked
+
+
+def test_what_stands_between_the_tables_stays():
+    text = "one\n<!-- table: a -->\nold\n<!-- end -->\ntwo\n<!-- table: b -->\n<!-- end -->\nthree"
+    filled = document.fill(text, {"a": "A\n", "b": "B\n"})
+    assert filled == text.replace("old\n", "A\n").replace("b -->\n", "b -->\nB\n")
 
 
 def test_filling_twice_changes_nothing(page):
@@ -265,6 +313,43 @@ def test_sources_that_cannot_be_read_are_named(page, name, text):
         document.write_page(page)
 
 
+WHOLE = "\n".join(
+    [
+        "coefficient,seed,site,needed,live_components,ci_error,neuron_r2,stochastic_recon",
+        *(f"1e-0{i},0,s,100,100,0,0.99,1e-05" for i in (5, 6)),
+        "",
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda p: p.write_bytes(b"\x80\xff" * 9), "cannot read .*importance.csv"),
+        (lambda p: p.write_text(""), "importance.csv: cut short"),
+        (lambda p: p.write_text(WHOLE[:-9]), "importance.csv: cut short"),
+        (lambda p: p.write_text(WHOLE[: WHOLE.index("1e-06")]), "has 1 rows, but .* counted 2"),
+        (lambda p: p.write_text("a,b\n1,2\n1,2\n"), "importance.csv is no table of the study"),
+        (lambda p: p.write_text(WHOLE.replace("0.99", "x")), "is no table of the study"),
+        (lambda p: p.with_suffix(".png").unlink(), "no figure .*importance.png"),
+        (lambda p: p.with_suffix(".json").unlink(), "cannot read .*importance.json"),
+        (lambda p: p.with_suffix(".json").write_text('{"days": 3}'), "it holds something else"),
+    ],
+)
+def test_a_damaged_study_is_named_and_the_page_left_as_it_is(page, damage, match):
+    folder = page.with_suffix("")
+    folder.mkdir()
+    place(folder, "importance", WHOLE)
+    page.write_text("<!-- table: importance -->\n<!-- end -->\n")
+    document.write_page(page)
+    before = page.read_text()
+    assert "| 1e-06 | 0 | s | 100 |" in before
+    damage(folder / "importance.csv")
+    with pytest.raises(UserError, match=match):
+        document.write_page(page)
+    assert page.read_text() == before
+
+
 def test_runs_of_other_settings_are_refused(tmp_path, finished):
     with pytest.raises(UserError, match=r"is not tms_5-2 as it ships: .*steps 20"):
         sources.collect([finished], tmp_path / "paper")
@@ -305,9 +390,10 @@ def test_a_study_says_by_what_command_where_and_when(page, seeds, named):
         for p in c.points
     ]
     measured = {"needed": 1, "live_components": 1, "ci_error": 0, "neuron_r2": 1, "site": "s"}
-    write_csv(folder / "importance.csv", [r | measured | {"stochastic_recon": 0} for r in rows])
+    table = folder / "importance.csv"
+    write_csv(table, [r | measured | {"stochastic_recon": 0} for r in rows])
     where = {"machines": ["M, 1 thread(s)"], "versions": ["torch 3"], "days": ["a", "b", "c"]}
-    (folder / "importance.json").write_text(json.dumps(where))
+    place(folder, "importance", table.read_text(), **where)
     page.write_text("<!-- table: importance -->\n<!-- end -->\n")
     document.write_page(page)
     command = f"`spd-fast study importance{named} --out runs/paper/studies/importance`"
@@ -328,7 +414,8 @@ def test_a_table_of_something_else_is_no_source(tmp_path, name, text):
     path = tmp_path / "runs" / "studies" / name / f"{name}.csv"
     path.parent.mkdir(parents=True)
     path.write_text(text, encoding="utf-16")
-    with pytest.raises(UserError, match=rf"{name}.csv is not the study {name} as it ships"):
+    match = rf"cannot read .*{name}.csv|{name}.csv is not the study {name} as it ships"
+    with pytest.raises(UserError, match=match):
         sources.collect([tmp_path / "runs"], tmp_path / "paper")
 
 
@@ -356,13 +443,22 @@ def test_scaling_is_collected_where_every_series_went_to_its_end(tmp_path, sizes
     folder = tmp_path / "runs" / "studies" / "scaling"
     folder.mkdir(parents=True)
     write_csv(folder / "scaling.csv", rows)
+    (folder / "scaling.png").write_text("x")
     if whole:
-        path, where = sources.collect([tmp_path / "runs"], tmp_path / "paper")
-        assert where.name == "scaling.json"
-        assert path.name == "scaling.csv"
+        written = sources.collect([tmp_path / "runs"], tmp_path / "paper")
+        assert [p.name for p in written] == ["scaling.csv", "scaling.png", "scaling.json"]
+        assert json.loads(written[2].read_text())["rows"] == len(rows)
     else:
         with pytest.raises(UserError, match=r"scaling.csv is not the study scaling as it ships"):
             sources.collect([tmp_path / "runs"], tmp_path / "paper")
+
+
+def test_a_study_without_its_figure_is_no_source(tmp_path):
+    studied("splitting", False, tmp_path / "runs")
+    (tmp_path / "runs" / "studies" / "splitting" / "splitting.png").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*splitting.png.*run the study again"):
+        sources.collect([tmp_path / "runs"], tmp_path / "paper")
+    assert not (tmp_path / "paper").exists()
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
@@ -413,7 +509,29 @@ def test_bad_input_is_one_line_status_two_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--only", "scaling"], "leave --only out"),
+        (["--quick"], "leave --quick out"),
+        (["--out", "x"], "leave --out out"),
+        (["--jobs", "3"], "leave --jobs out"),
+        (["--memory-mb", "5"], "leave --memory-mb out"),
+        ([], "paper, which is missing; name folders of runs"),
+    ],
+)
+def test_a_page_is_filled_from_what_there_is_and_by_nothing_else(page, capsys, arguments, match):
+    before = page.read_text()
+    with pytest.raises(SystemExit) as left:
+        main(["paper", "--page", str(page), *arguments])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert match in line
+    assert page.read_text() == before
+
+
 def test_the_page_is_filled_by_the_command(page, capsys):
+    page.with_suffix("").mkdir()
     with pytest.raises(SystemExit) as left:
         main(["paper", "--page", str(page)])
     assert left.value.code == 0

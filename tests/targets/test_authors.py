@@ -40,7 +40,7 @@ def target_state(model, network):
 
 
 def state_2026(model):
-    """The names of METHOD §9."""
+    """The names that the authors' torch code of 2026 gives its tensors."""
     state = target_state(model, model.target)
     for name, site in model.sites.items():
         key = name.replace(".", "-")

@@ -129,9 +129,13 @@ def test_a_truncated_file_is_an_error_that_says_what_to_do(tmp_path, name, kept)
     path = save_checkpoint(tmp_path, checkpoint(7), keep=1)
     data = (path / name).read_bytes()
     (path / name).write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(UserError, match=r"step_7 cannot be read .*remove that folder") as caught:
+    match = r"step_7 cannot be read .*remove that folder to begin anew"
+    with pytest.raises(UserError, match=match) as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+    (tmp_path / "step_3").mkdir()
+    with pytest.raises(UserError, match="remove that folder to resume from the one before it"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", FILES)
