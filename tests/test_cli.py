@@ -371,7 +371,7 @@ def test_out_that_cannot_be_written_to_is_refused(capsys):
 def test_out_that_holds_a_different_run_is_refused(capsys, copied):
     for options in ([], ["--resume"]):
         message = refused(capsys, "run", "tms_5-2", "--out", copied, *SMALL, "seed=1", *options)
-        how = "seed: 2 there, 1 here"
+        how = "seed: 0 there, 1 here"
         assert message == f"{copied} already holds a different run ({how}); choose another --out"
 
 
