@@ -39,9 +39,11 @@ def _finished(folder: Path, config: AnyConfig) -> Outcome | None:
     """The outcome of the run in ``folder``, or None while it has none.
 
     Raises:
-        UserError: another run is there.
+        UserError: another run is there, or what is left of one.
     """
     if not (folder / "config.yaml").exists():
+        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise UserError(f"{folder} has lost its config.yaml; remove it, then it is run anew")
         return None
     if (how := difference(load_config(folder / "config.yaml"), config)) is not None:
         raise UserError(

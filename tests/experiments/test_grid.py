@@ -106,6 +106,14 @@ def test_a_run_that_diverges_is_an_outcome_and_the_others_go_on(tmp_path):
     assert (tmp_path / "bad" / "diverged.json").stat().st_mtime_ns == stamp
 
 
+def test_what_is_left_of_a_run_is_named_before_anything_runs(copied):
+    shutil.rmtree(copied / "a")
+    (copied / "b" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"b has lost its config.yaml; remove it"):
+        run_grid(CONFIGS, copied, label="two", quiet=True)
+    assert not (copied / "a").exists()
+
+
 def test_runs_of_other_settings_are_refused_before_anything_runs(copied):
     shutil.rmtree(copied / "a")
     configs = CONFIGS | {"b": small(*FEW, "lr=0.5")}
