@@ -36,12 +36,14 @@ from spd_fast.errors import UserError
 from spd_fast.model.replay import overridden_forwards
 from spd_fast.model.sites import Site, SiteModel, resolve_sites
 
-__all__ = ["BLOCK", "CHUNK", "APDModel", "Attributed", "batch_topk", "routes"]
+__all__ = ["BLOCK", "CHUNK", "ROWS", "APDModel", "Attributed", "batch_topk", "routes"]
 
 # Numbers that the attributions of one chunk of rows may hold: 256 MB in float32.
 CHUNK = 2**26
 # Numbers that a CPU's cache keeps between three passes over them: 1 MB in float32.
 BLOCK = 2**18
+# Rows of a block at the least: fewer would read a component's matrices again for too little work.
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class APDModel(SiteModel):
             if site.tied_to is None
         }
 
+    @torch.no_grad()
     def attribute(self, batch: Tensor) -> Attributed:
         """The target's forward on ``batch`` [N, features], and the gradient attributions
         a_c = Σ_o (Σ_l ∂f_o/∂post_l · (P_cl pre_l))²: the derivative of every output f_o in the
@@ -255,8 +258,11 @@ class APDModel(SiteModel):
         """
         if batch.ndim != 2 or not len(batch):
             raise UserError(f"attribute needs a batch [N, features], got {list(batch.shape)}")
-        with torch.no_grad():
-            outputs = self.target(batch[:1]).shape[-1]
+        slopes = self._slopes(batch, rest=False)
+        if len(slopes.shared) == len(self.sites):
+            attributions = self._shared_squares(slopes)
+            return Attributed(slopes.output, slopes.inputs, slopes.outputs, attributions)
+        outputs = slopes.output.shape[1]
         width = sum(site.d_out for site in self.sites.values())
         C = self.components
         ranks = sum(self.B(name).shape[1] for name in self.sites)
@@ -274,13 +280,10 @@ class APDModel(SiteModel):
     @torch.no_grad()
     def _attribute(self, batch: Tensor) -> Attributed:
         slopes = self._slopes(batch)
-        if slopes.gradients:
-            total = slopes.output.new_zeros(*slopes.output.shape, self.components)
-            for name in slopes.outputs:
-                total += self._directional(name, slopes)
-            attributions = total.square_().sum(dim=1)
-        else:
-            attributions = self._shared_squares(slopes)
+        total = slopes.output.new_zeros(*slopes.output.shape, self.components)
+        for name in slopes.outputs:
+            total += self._directional(name, slopes)
+        attributions = total.square_().sum(dim=1)
         return Attributed(slopes.output, slopes.inputs, slopes.outputs, attributions)
 
     @torch.no_grad()
@@ -323,10 +326,12 @@ class APDModel(SiteModel):
         with torch.enable_grad(), overridden_forwards(self._submodules, forwards):
             return self.target(batch), inputs, outputs
 
-    def _slopes(self, batch: Tensor) -> _Slopes:
+    def _slopes(self, batch: Tensor, *, rest: bool = True) -> _Slopes:
         """Where what follows a site is linear, but for a ReLU at the very end, all rows share one
         matrix M. Whether it is so is tried, not assumed: one row an output, on which it is on,
         gives M; a gradient of all outputs at once, weighted, must then be M's in every row.
+
+        ``rest``: whether to take the gradients of the other sites.
         """
         output, inputs, outputs = self._captured(batch)
         values, N, width = output.detach(), *output.shape
@@ -350,13 +355,13 @@ class APDModel(SiteModel):
             for name, M, other in zip(outputs, matrices, torch.stack(off).tolist(), strict=True)
             if not other
         }
-        rest = {name: y for name, y in outputs.items() if name not in shared}
+        others = {name: y for name, y in outputs.items() if rest and name not in shared}
         gradients: tuple[Tensor, ...] = ()
-        if rest:
+        if others:
             with torch.enable_grad():
                 summed = output.sum(dim=0)
             gradients = torch.autograd.grad(
-                summed, list(rest.values()), picks, is_grads_batched=True
+                summed, list(others.values()), picks, is_grads_batched=True
             )
         return _Slopes(
             values,
@@ -364,40 +369,56 @@ class APDModel(SiteModel):
             {n: y.detach() for n, y in outputs.items()},
             on,
             shared,
-            dict(zip(rest, gradients, strict=True)),
+            dict(zip(others, gradients, strict=True)),
         )
 
-    def _shared_products(self, name: str, slopes: _Slopes) -> tuple[Tensor, Tensor]:
-        """A_c x of every component and row [C, N, m], and how the outputs read it [C, m, O]."""
+    def _inner(self, name: str, x: Tensor) -> Tensor:
+        """A_c x of every component and row, [C, N, m]."""
         C, m, _ = self.B(name).shape
-        inner = (slopes.inputs[name] @ self.V(name)).view(-1, C, m).transpose(0, 1)
-        return inner, (self.U(name) @ slopes.shared[name].T).view(C, m, -1)
+        return (x @ self.V(name)).view(-1, C, m).transpose(0, 1)
+
+    def _read(self, name: str, slopes: _Slopes) -> Tensor:
+        """How the outputs read what :meth:`_inner` gives, [C, m, O]."""
+        C, m, _ = self.B(name).shape
+        return (self.U(name) @ slopes.shared[name].T).view(C, m, -1)
 
     def _shared_squares(self, slopes: _Slopes) -> Tensor:
         """The attributions [N, C] where all sites share their slopes."""
-        products = [self._shared_products(name, slopes) for name in slopes.shared]
+        reads = {name: self._read(name, slopes) for name in slopes.shared}
         (N, width), C = slopes.output.shape, self.components
-        rows = max(BLOCK // (width * C), 1) if slopes.output.device.type == "cpu" else N
         found = slopes.output.new_empty(C, N)
-        moved = slopes.output.new_empty(C, rows, width)
+        rows = max(CHUNK // (C * (width + sum(read.shape[1] for read in reads.values()))), 1)
         for start in range(0, N, rows):
-            block = slice(start, min(start + rows, N))
-            part = moved[:, : block.stop - start]
-            for i, (inner, read) in enumerate(products):
-                torch.baddbmm(part, inner[:, block], read, beta=min(i, 1), out=part)
-            torch.sum(part.square_().mul_(slopes.on[block]), dim=2, out=found[:, block])
+            part = slice(start, min(start + rows, N))
+            products = [(self._inner(n, slopes.inputs[n][part]), r) for n, r in reads.items()]
+            self._squares(products, slopes.on[part], found[:, part])
         return found.T.contiguous()
+
+    def _squares(self, products: list[tuple[Tensor, Tensor]], on: Tensor, found: Tensor) -> None:
+        """The squares of what all sites together do to the outputs that are on, [C, N]."""
+        (N, width), C = on.shape, self.components
+        rows, group = N, C
+        if found.device.type == "cpu":
+            rows = min(max(BLOCK // (width * C), ROWS), N)
+            group = min(max(BLOCK // (width * rows), 1), C)
+        moved = found.new_empty(group, rows, width)
+        for first in range(0, C, group):
+            some = slice(first, min(first + group, C))
+            for start in range(0, N, rows):
+                block = slice(start, min(start + rows, N))
+                part = moved[: some.stop - first, : block.stop - start]
+                for i, (inner, read) in enumerate(products):
+                    torch.baddbmm(part, inner[some, block], read[some], beta=min(i, 1), out=part)
+                torch.sum(part.square_().mul_(on[block]), dim=2, out=found[some, block])
 
     @torch.no_grad()
     def _directional(self, name: str, slopes: _Slopes) -> Tensor:
         """∂f_o/∂post · (P_c pre) for every sample, output and component, [N, O, C]."""
         if name in slopes.shared:
-            moved = torch.bmm(*self._shared_products(name, slopes))
+            moved = torch.bmm(self._inner(name, slopes.inputs[name]), self._read(name, slopes))
             return moved.permute(1, 2, 0) * slopes.on[:, :, None]
         x, gradient, B = slopes.inputs[name], slopes.gradients[name], self.B(name)
-        C, m, _ = B.shape
-        inner = (x @ self.V(name)).view(-1, C, m).transpose(0, 1)  # [C, N, m]
-        moved = torch.bmm(inner, B)  # [C, N, d_out]
+        moved = torch.bmm(self._inner(name, x), B)  # [C, N, d_out]
         return torch.bmm(gradient.transpose(0, 1), moved.permute(1, 2, 0))
 
     def kept_forward(self, batch: Tensor, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

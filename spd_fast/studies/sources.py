@@ -28,6 +28,8 @@ from spd_fast.train import Config, load_config
 
 __all__ = ["Records", "Sources", "collect", "estimate", "machine", "read_sources"]
 
+# Of what a study's file of where and when holds.
+LISTS = ("machines", "versions", "days", "memory_mb")
 # Recipe → seed → record.
 Records = dict[str, dict[int, dict[str, Any]]]
 
@@ -88,10 +90,13 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 def _measured(folder: Path, rows: int) -> dict[str, Any]:
-    """Machines, versions and days of a study's runs or cells, sorted, and how many rows it has."""
+    """Machines, versions and days of a study's runs or cells, sorted, how many rows it has, and the
+    limits of memory by which series ended."""
+    cells = [_environment(path) for path in folder.glob("cells/*.json")]
     found = [_environment(path) for path in folder.glob("runs/*/env.json")]
-    found += [_environment(p).get("environment", {}) for p in folder.glob("cells/*.json")]
+    found += [cell.get("environment", {}) for cell in cells]
     found = [environment for environment in found if environment]
+    limits = {round(c.get("memory_limit_mb", 0)) for c in cells if c.get("status") == "memory"}
     return {
         "machines": sorted({machine(e) for e in found}),
         "versions": sorted(
@@ -99,6 +104,7 @@ def _measured(folder: Path, rows: int) -> dict[str, Any]:
         ),
         "days": sorted({str(e.get("date"))[:10] for e in found}),
         "rows": rows,
+        "memory_mb": sorted(limits - {0}),
     }
 
 
@@ -258,7 +264,7 @@ def read_sources(folder: Path) -> Sources:
             rows = sources.studies[name] = _read_rows(path)
             where = path.with_suffix(".json")
             measured = sources.measured[name] = _read_mapping(where, object)
-            if not all(isinstance(measured.get(k), list) for k in ("machines", "versions", "days")):
+            if not all(isinstance(measured.get(k), list) for k in LISTS):
                 raise UserError(f"cannot read {where}: it holds something else")
             if measured.get("rows") != len(rows):
                 told = measured.get("rows")

@@ -191,24 +191,27 @@ def _size(config: Any) -> int:
     return sum(config.sites.values()) if isinstance(config.sites, dict) else config.components
 
 
-def _study_command(name: str, seeds: Sequence[str] = ()) -> str:
-    """``seeds``: of the rows, where the command names them because they are not the study's own."""
+def _study_command(name: str, seeds: Sequence[str] = (), memory_mb: int | None = None) -> str:
+    """``seeds``: of the rows, where the command names them because they are not the study's own.
+    ``memory_mb``: the limit by which all series ended that memory ended."""
     own = name not in STUDIES or not seeds or list(seeds) == list(map(str, STUDIES[name].seeds))
     chosen = "" if own else f" --seeds {','.join(seeds)}"
-    return f"`spd-fast study {name}{chosen} --out runs/paper/studies/{name}`"
+    limit = "" if memory_mb is None else f" --memory-mb {memory_mb}"
+    return f"`spd-fast study {name}{chosen}{limit} --out runs/paper/studies/{name}`"
 
 
 def _study_measured(sources: Sources, name: str) -> str:
     """Command of a finished study, its machines, versions and days."""
     where = sources.measured.get(name, {})
     seeds = sorted({row["seed"] for row in sources.studies[name] if "seed" in row}, key=int)
-    days = where.get("days", [])
+    days, limits = where.get("days", []), where.get("memory_mb", [])
+    command = _study_command(name, seeds, limits[0] if len(limits) == 1 else None)
     told = [
         *where.get("machines", []),
         *where.get("versions", []),
         " to ".join(days[:1] + days[1:][-1:]),
     ]
-    return "; ".join([_study_command(name, seeds), *filter(None, told)]) + ".\n"
+    return "; ".join([command, *filter(None, told)]) + ".\n"
 
 
 def _study_missing(sources: Sources, name: str) -> str:

@@ -114,12 +114,16 @@ def test_chunks_of_rows_change_nothing(kind, rows, monkeypatch):
     model, batch = make_model(kind), make_batch(kind)
     whole = model.attribute(batch)
     seen = []
-    attribute = model._attribute
+    attribute, squares = model._attribute, model._squares
     monkeypatch.setattr(model, "_attribute", lambda x: seen.append(len(x)) or attribute(x))
-    width = sum(site.d_out for site in model.sites.values())
+    monkeypatch.setattr(
+        model, "_squares", lambda p, on, found: seen.append(len(on)) or squares(p, on, found)
+    )
     ranks = sum(model.B(name).shape[1] for name in model.sites)
-    outputs = whole.output.shape[1]
-    per_row = (outputs + 4) * width + 4 * outputs + 4 * ranks
+    per_row = 4 * (ranks + whole.output.shape[1])
+    if _shared(model, batch) != set(model.sites):
+        width = sum(site.d_out for site in model.sites.values())
+        per_row += (whole.output.shape[1] + 4) * width
     monkeypatch.setattr(apd, "CHUNK", rows * per_row)
     parts = model.attribute(batch)
     assert seen == [len(part) for part in batch.split(rows)]
@@ -213,11 +217,13 @@ def test_whatever_ends_the_target_attributions_are_those_of_single_samples(tail,
         assert _shared(model, batch) == ({"first", "second"} if shares else set())
 
 
-@pytest.mark.parametrize("numbers", [1, 2**10])
-def test_blocks_of_rows_change_nothing(numbers, monkeypatch):
+@pytest.mark.parametrize("numbers", [1, 50, 2**10])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_blocks_of_rows_and_components_change_nothing(numbers, rows, monkeypatch):
     model, batch = make_model("tms-id"), make_batch("tms-id", 70)
     whole = model.attribute(batch).attributions
     monkeypatch.setattr(apd, "BLOCK", numbers)
+    monkeypatch.setattr(apd, "ROWS", rows)
     parts = model.attribute(batch).attributions
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
 

@@ -218,7 +218,8 @@ def place(folder, name, table, **where):
     (folder / f"{name}.csv").write_text(table)
     (folder / f"{name}.png").write_text("x")
     rows = len(table.splitlines()) - 1
-    where = {"machines": [], "versions": [], "days": [], "rows": rows} | where
+    empty = {"machines": [], "versions": [], "days": [], "memory_mb": []}
+    where = empty | {"rows": rows} | where
     (folder / f"{name}.json").write_text(json.dumps(where))
 
 
@@ -400,6 +401,20 @@ def test_a_study_says_by_what_command_where_and_when(page, seeds, named):
     assert f"{command}; M, 1 thread(s); torch 3; a to c.\n" in page.read_text()
 
 
+@pytest.mark.parametrize(
+    ("limits", "named"), [([], ""), ([8192], " --memory-mb 8192"), ([10, 20], "")]
+)
+def test_scaling_says_by_which_limit_its_series_ended(page, limits, named):
+    folder = page.with_suffix("")
+    folder.mkdir()
+    table = "series,method,components,features,status,ms,peak_mb\ncomponents,APD,40,40,ok,1,2\n"
+    place(folder, "scaling", table, memory_mb=limits)
+    page.write_text("<!-- table: scaling -->\n<!-- end -->\n")
+    document.write_page(page)
+    command = f"`spd-fast study scaling{named} --out runs/paper/studies/scaling`"
+    assert page.read_text().splitlines()[1] == f"{command}."
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_in_small_is_no_source(tmp_path, name):
     studied(name, True, tmp_path / "runs")
@@ -444,10 +459,15 @@ def test_scaling_is_collected_where_every_series_went_to_its_end(tmp_path, sizes
     folder.mkdir(parents=True)
     write_csv(folder / "scaling.csv", rows)
     (folder / "scaling.png").write_text("x")
+    (folder / "cells").mkdir()
+    for name, cell in (("a", ("ok", 100)), ("b", ("memory", 8192.25)), ("c", ("memory", 8192.25))):
+        held = dict(zip(("status", "memory_limit_mb"), cell, strict=True))
+        (folder / "cells" / f"{name}.json").write_text(json.dumps(held))
     if whole:
         written = sources.collect([tmp_path / "runs"], tmp_path / "paper")
         assert [p.name for p in written] == ["scaling.csv", "scaling.png", "scaling.json"]
-        assert json.loads(written[2].read_text())["rows"] == len(rows)
+        told = json.loads(written[2].read_text())
+        assert (told["rows"], told["memory_mb"]) == (len(rows), [8192])
     else:
         with pytest.raises(UserError, match=r"scaling.csv is not the study scaling as it ships"):
             sources.collect([tmp_path / "runs"], tmp_path / "paper")
