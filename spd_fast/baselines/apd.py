@@ -14,9 +14,9 @@ Cost of a step in multiply-adds, for N samples, C components, O outputs, K = k N
     faithfulness     3 C m d_in d_out
 
 Memory: C m (d_in + d_out) parameters a site, with gradients and two Adam moments four times that;
-C R (d_in + m + d_out) for the kept forward; attributions take rows in chunks that hold at most
-:data:`CHUNK` numbers, and on a CPU what is squared in blocks of :data:`BLOCK`. On a GPU the host
-waits twice a step, for R and for the test of linearity.
+C R (d_in + m + d_out) for the kept forward; attributions hold a forward of the whole
+batch, and take its rows in chunks of at most :data:`CHUNK` numbers, and on a CPU what is squared in
+blocks of :data:`BLOCK`. On a GPU the host waits twice a step, for R and for the test of linearity.
 """
 
 from __future__ import annotations
@@ -250,26 +250,23 @@ class APDModel(SiteModel):
     def attribute(self, batch: Tensor) -> Attributed:
         """The target's forward on ``batch`` [N, features], and the gradient attributions
         a_c = Σ_o (Σ_l ∂f_o/∂post_l · (P_cl pre_l))²: the derivative of every output f_o in the
-        direction in which component c moves all sites' outputs at once
-        (arXiv 2501.14926).
+        direction in which component c moves all sites' outputs at once (arXiv 2501.14926).
 
         Raises:
             UserError: a batch of another shape, or without a sample.
         """
         if batch.ndim != 2 or not len(batch):
             raise UserError(f"attribute needs a batch [N, features], got {list(batch.shape)}")
-        slopes = self._slopes(batch, rest=False)
-        if len(slopes.shared) == len(self.sites):
-            attributions = self._shared_squares(slopes)
-            return Attributed(slopes.output, slopes.inputs, slopes.outputs, attributions)
-        outputs = slopes.output.shape[1]
+        outputs = self.target(batch[:1]).shape[-1]
         width = sum(site.d_out for site in self.sites.values())
         C = self.components
         ranks = sum(self.B(name).shape[1] for name in self.sites)
         per_row = (outputs + C) * width + outputs * C + C * ranks
-        parts = [self._attribute(part) for part in batch.split(max(CHUNK // per_row, 1))]
-        if len(parts) == 1:
-            return parts[0]
+        rows = max(CHUNK // per_row, 1)
+        slopes = self._slopes(batch, rest=len(batch) <= rows)
+        if len(slopes.shared) == len(self.sites) or len(batch) <= rows:
+            return self._attributed(slopes)
+        parts = [self._attributed(self._slopes(part)) for part in batch.split(rows)]
         return Attributed(
             torch.cat([p.output for p in parts]),
             {n: torch.cat([p.inputs[n] for p in parts]) for n in self.sites},
@@ -277,13 +274,14 @@ class APDModel(SiteModel):
             torch.cat([p.attributions for p in parts]),
         )
 
-    @torch.no_grad()
-    def _attribute(self, batch: Tensor) -> Attributed:
-        slopes = self._slopes(batch)
-        total = slopes.output.new_zeros(*slopes.output.shape, self.components)
-        for name in slopes.outputs:
-            total += self._directional(name, slopes)
-        attributions = total.square_().sum(dim=1)
+    def _attributed(self, slopes: _Slopes) -> Attributed:
+        if len(slopes.shared) == len(self.sites):
+            attributions = self._shared_squares(slopes)
+        else:
+            total = slopes.output.new_zeros(*slopes.output.shape, self.components)
+            for name in slopes.outputs:
+                total += self._directional(name, slopes)
+            attributions = total.square_().sum(dim=1)
         return Attributed(slopes.output, slopes.inputs, slopes.outputs, attributions)
 
     @torch.no_grad()

@@ -114,14 +114,22 @@ def test_chunks_of_rows_change_nothing(kind, rows, monkeypatch):
     model, batch = make_model(kind), make_batch(kind)
     whole = model.attribute(batch)
     seen = []
-    attribute, squares = model._attribute, model._squares
-    monkeypatch.setattr(model, "_attribute", lambda x: seen.append(len(x)) or attribute(x))
-    monkeypatch.setattr(
-        model, "_squares", lambda p, on, found: seen.append(len(on)) or squares(p, on, found)
-    )
+    slopes, squares = model._slopes, model._squares
+    shares = _shared(model, batch) == set(model.sites)
+
+    def counted(x, *, rest=True):  # the first, of all rows, only finds what is shared
+        if rest:
+            seen.append(len(x))
+        return slopes(x, rest=rest)
+
+    monkeypatch.setattr(model, "_slopes", counted)
+    if shares:
+        monkeypatch.setattr(
+            model, "_squares", lambda p, on, found: seen.append(len(on)) or squares(p, on, found)
+        )
     ranks = sum(model.B(name).shape[1] for name in model.sites)
     per_row = 4 * (ranks + whole.output.shape[1])
-    if _shared(model, batch) != set(model.sites):
+    if not shares:
         width = sum(site.d_out for site in model.sites.values())
         per_row += (whole.output.shape[1] + 4) * width
     monkeypatch.setattr(apd, "CHUNK", rows * per_row)
@@ -134,6 +142,16 @@ def test_chunks_of_rows_change_nothing(kind, rows, monkeypatch):
     for name in model.sites:
         for part, all_rows in ((parts.inputs, whole.inputs), (parts.outputs, whole.outputs)):
             torch.testing.assert_close(part[name], all_rows[name], rtol=1e-12, atol=1e-14)
+
+
+@ALL
+def test_a_batch_of_one_chunk_runs_through_the_target_thrice(kind):
+    """A row for the number of outputs, all rows, and a row an output that gives M."""
+    model, batch = make_model(kind), make_batch(kind)
+    seen = []
+    model.target.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    outputs = model.attribute(batch).output.shape[1]
+    assert seen == [1, len(batch), outputs]
 
 
 def _shared(model, batch):
