@@ -2,6 +2,7 @@
 
 from spd_fast.evaluate.ground_truth import (
     WIDER,
+    Contradiction,
     Expected,
     dense_error,
     identity_error,
@@ -22,6 +23,7 @@ from spd_fast.evaluate.weights import (
 __all__ = [
     "MECHANISM_COSINE",
     "WIDER",
+    "Contradiction",
     "Expected",
     "NeuronContributions",
     "WeightMatch",

@@ -23,6 +23,7 @@ __all__ = [
     "ON",
     "TOLERANCE",
     "WIDER",
+    "Contradiction",
     "Expected",
     "dense_error",
     "identity_error",
@@ -39,6 +40,18 @@ Matrix = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
+class Contradiction:
+    """An importance that is not what the check wants: of a component on the probe of a feature,
+    both counted from 0. ``wanted``: 1 (on) or 0 (off). For a dense component that is never on, its
+    largest importance stands here."""
+
+    feature: int
+    component: int
+    importance: float
+    wanted: int
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a recovered site looks like: n components, one a feature (``identity``), or k that
     act together (``dense``)."""
@@ -51,6 +64,21 @@ class Expected:
         if self.pattern == "identity":
             return identity_error(importances, self.components, tolerance)
         return dense_error(importances, self.components, tolerance)
+
+    def contradictions(
+        self, importances: Matrix, tolerance: float = TOLERANCE
+    ) -> list[Contradiction]:
+        """The entries that :meth:`error` counts, all but those of components that are missing."""
+        order = self.permute(importances)
+        ordered = importances[:, order]
+        if self.pattern == "identity":
+            wanted, wrong = _check_identity(ordered, tolerance)
+        else:
+            wanted, wrong = _check_dense(ordered, self.components, tolerance)
+        return [
+            Contradiction(int(i), int(order[c]), float(ordered[i, c]), int(wanted[i, c]))
+            for i, c in np.argwhere(wrong)
+        ]
 
     def margins(self, importances: Matrix) -> tuple[float, float]:
         """How clear the pattern is: the lowest importance that the check wants on (of a dense
@@ -103,19 +131,34 @@ def identity_error(importances: Matrix, n: int, tolerance: float = TOLERANCE) ->
     With fewer than n rows or columns the missing diagonal entries count as errors.
     """
     ordered = importances[:, permute_identity(importances)]
-    diagonal = np.eye(*ordered.shape) == 1
     missing = max(n - min(ordered.shape), 0)
-    off = int((ordered[~diagonal] > tolerance).sum())
-    return off + int((ordered[diagonal] < 1 - tolerance).sum()) + missing
+    return int(_check_identity(ordered, tolerance)[1].sum()) + missing
 
 
 def dense_error(importances: Matrix, k: int, tolerance: float = TOLERANCE) -> int:
     """Of the columns in descending mass: each of the first k without a value ≥ 1 − tolerance counts
     one, in the rest every value > tolerance counts one."""
     ordered = importances[:, permute_dense(importances)]
-    low = (ordered[:, :k] < 1 - tolerance).all(axis=0)
     missing = max(k - ordered.shape[1], 0)
-    return int(low.sum()) + missing + int((ordered[:, k:] > tolerance).sum())
+    return int(_check_dense(ordered, k, tolerance)[1].sum()) + missing
+
+
+_Mask = NDArray[np.bool_]
+
+
+def _check_identity(ordered: Matrix, tolerance: float) -> tuple[_Mask, _Mask]:
+    """Which entries of permuted importances are wanted on, and which contradict that."""
+    wanted = np.eye(*ordered.shape) == 1
+    return wanted, np.where(wanted, ordered < 1 - tolerance, ordered > tolerance)
+
+
+def _check_dense(ordered: Matrix, k: int, tolerance: float) -> tuple[_Mask, _Mask]:
+    """The same, where an entry of each of the first k columns is wanted on: its largest."""
+    wanted = np.zeros(ordered.shape, dtype=bool)
+    first = ordered[:, :k]
+    wanted[first.argmax(axis=0), np.arange(first.shape[1])] = True
+    rest = np.arange(ordered.shape[1]) >= k
+    return wanted, np.where(wanted, ordered < 1 - tolerance, rest & (ordered > tolerance))
 
 
 def live(importances: Matrix) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import resource
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -74,6 +74,8 @@ __all__ = [
 EVALUATION_BATCH = 8192
 # A residual MLP is recovered where its components' neuron contributions agree this well, too.
 MIN_NEURON_R2 = 0.99
+# Wrong importances that eval.json lists, of a site.
+MOST_CONTRADICTIONS = 20
 
 
 @dataclass
@@ -436,6 +438,9 @@ def evaluate_run(run: Run, *, trained_here: bool = False) -> dict[str, Any]:
             "ci_error": measured.errors.get(name),
             "ci_error_0p2": None if graded is None else graded.error(probe, WIDER),
             "ci_margins": None if graded is None else list(graded.margins(probe)),
+            "ci_contradictions": None
+            if graded is None
+            else [asdict(c) for c in graded.contradictions(probe)[:MOST_CONTRADICTIONS]],
             "l0": measured.l0[name],
             "faithfulness": (unfaithful[name] / site.weight.numel()).item(),
             "relative_error": (unfaithful[name].sqrt() / site.weight.norm()).item(),

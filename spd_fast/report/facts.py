@@ -36,6 +36,8 @@ __all__ = [
 BINS = 50
 # A verdict that names more sites than this one by one is no headline any more.
 NAMED_SITES = 4
+# Nor is one that lists more wrong importances than this.
+NAMED_ENTRIES = 6
 # Gate neurons evaluated for the importance statistics, over all sites and samples.
 NEURON_BUDGET = 2**29
 CHUNK_NEURONS = 2**24
@@ -116,6 +118,21 @@ def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def _named(sites: Mapping[str, Mapping[str, Any]]) -> str:
+    """Each wrong importance of a run that has few: where it is, and what it should be."""
+    found = [
+        (name, entry) for name, s in sites.items() for entry in s.get("ci_contradictions") or []
+    ]
+    if not found or sum(s["ci_error"] or 0 for s in sites.values()) > NAMED_ENTRIES:
+        return ""
+    told = [
+        f"{name}, feature {e['feature']}: component {e['component']} is {e['importance']:.2f} "
+        f"(wanted: {e['wanted']})"
+        for name, e in found
+    ]
+    return f" Counted from 0: {'; '.join(told)}."
+
+
 def verdict(evaluation: Mapping[str, Any]) -> Verdict:
     """Recovered or not, and why, in a sentence each."""
     errors = {n: s["ci_error"] for n, s in evaluation["sites"].items() if s["ci_error"] is not None}
@@ -127,6 +144,7 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
             total = f"{count(sum(errors.values()), 'entry')} over {len(wrong)} of {len(errors)}"
             wrong = [f"{total} sites, most of them at {_listed(worst)}"]
         check = f"The importances contradict the known mechanisms in {_listed(wrong)}."
+        check += _named(evaluation["sites"])
         if passed:
             check += f" Without contradiction: {_listed(passed)}."
     else:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from spd_fast.evaluate import (
     WIDER,
+    Contradiction,
     Expected,
     dense_error,
     identity_error,
@@ -144,6 +145,36 @@ def test_the_tolerance_moves_both_thresholds():
     assert dense_error(matrix, 1, WIDER) == 1
     for pattern in (Expected("identity", 2), Expected("dense", 1)):
         assert pattern.error(matrix, WIDER) < pattern.error(matrix)
+
+
+def test_contradictions_name_feature_and_component():
+    identity = np.array([[0.02, 0.0, 1.0], [0.8, 0.3, 0.0]])
+    assert Expected("identity", 2).contradictions(identity) == [
+        Contradiction(1, 0, 0.8, 1),
+        Contradiction(1, 1, 0.3, 0),
+    ]
+    assert Expected("identity", 2).contradictions(identity, 0.3) == []
+    # Of a dense component that is never on, the largest; its others may be what they like.
+    dense = np.array([[0.2, 0.8, 0.3], [0.04, 0.2, 0.95], [0.0, 0.5, 0.2]])
+    assert Expected("dense", 2).contradictions(dense) == [
+        Contradiction(0, 1, 0.8, 1),
+        Contradiction(0, 0, 0.2, 0),
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["identity", "dense"])
+@pytest.mark.parametrize("seed", range(20))
+def test_contradictions_are_the_errors(pattern, seed):
+    """All of them but components that are missing, each with what its importance is."""
+    importances = np.random.default_rng(seed).random((4, 6)).round(3)
+    for components, missing in ((4, 0), (9, 5 if pattern == "identity" else 3)):
+        known = Expected(pattern, components)
+        for tolerance in (0.1, 0.5):
+            found = known.contradictions(importances, tolerance)
+            assert len(found) + missing == known.error(importances, tolerance)
+            for entry in found:
+                assert importances[entry.feature, entry.component] == entry.importance
+                assert abs(entry.importance - entry.wanted) > tolerance
 
 
 def test_margins_are_the_lowest_on_and_the_highest_off():

@@ -98,7 +98,7 @@ def test_the_environment_does_without_proc(monkeypatch):
 SITE_KEYS = [
     "mmcs", "mmcs_std", "ml2r", "ml2r_std", "mmcs_any", "ml2r_any", "mechanisms_found",
     "components", "live_components", "expected", "ci_error", "ci_error_0p2", "ci_margins",
-    "l0", "faithfulness", "relative_error",
+    "ci_contradictions", "l0", "faithfulness", "relative_error",
 ]  # fmt: skip
 
 

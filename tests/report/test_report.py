@@ -302,6 +302,15 @@ def test_verdict_missed_names_sites_and_entries() -> None:
     assert "Without contradiction: s0" in said.reason
 
 
+def test_verdict_names_the_wrong_importances_where_they_are_few() -> None:
+    found = evaluation(0, 1)
+    entry = {"feature": 71, "component": 5, "importance": 0.8049, "wanted": 1}
+    found["sites"]["s1"]["ci_contradictions"] = [entry]
+    assert "s1, feature 71: component 5 is 0.80 (wanted: 1)." in verdict(found).reason
+    found["sites"]["s1"]["ci_error"] = 7
+    assert "component 5" not in verdict(found).reason
+
+
 def test_verdict_tells_of_the_wider_tolerance() -> None:
     wider = "At a tolerance of 0.2 instead of 0.1"
     assert wider not in verdict(evaluation(0, 2)).reason
