@@ -126,8 +126,8 @@ def _named(sites: Mapping[str, Mapping[str, Any]]) -> str:
     if not found or sum(s["ci_error"] or 0 for s in sites.values()) > NAMED_ENTRIES:
         return ""
     told = [
-        f"{name}, feature {e['feature']}: component {e['component']} is {e['importance']:.2f} "
-        f"(wanted: {e['wanted']})"
+        f"{name}, feature {e['feature']}: component {e['component']} is "
+        f"{round(e['importance'], 2) + 0.0:.2f} (wanted: {e['wanted']})"  # 0.00, never -0.00
         for name, e in found
     ]
     return f" Counted from 0: {'; '.join(told)}."

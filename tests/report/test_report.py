@@ -307,6 +307,8 @@ def test_verdict_names_the_wrong_importances_where_they_are_few() -> None:
     entry = {"feature": 71, "component": 5, "importance": 0.8049, "wanted": 1}
     found["sites"]["s1"]["ci_contradictions"] = [entry]
     assert "s1, feature 71: component 5 is 0.80 (wanted: 1)." in verdict(found).reason
+    entry["importance"] = -3e-10  # an off component's may be a little below zero
+    assert "component 5 is 0.00 (wanted" in verdict(found).reason
     found["sites"]["s1"]["ci_error"] = 7
     assert "component 5" not in verdict(found).reason
 
