@@ -37,6 +37,7 @@ __all__ = [
 TOLERANCE, WIDER = 0.1, 0.2
 ON, OFF = 1 - TOLERANCE, TOLERANCE
 Matrix = NDArray[np.floating]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -60,45 +61,57 @@ class Expected:
     components: int
 
     def error(self, importances: Matrix, tolerance: float = TOLERANCE) -> int:
-        """Number of entries that contradict the pattern; 0 is recovered."""
-        if self.pattern == "identity":
-            return identity_error(importances, self.components, tolerance)
-        return dense_error(importances, self.components, tolerance)
+        """Number of entries that contradict the pattern, and of components that are missing; 0 is
+        recovered."""
+        ordered = importances[:, self.permute(importances)]
+        return int(self._wrong(ordered, tolerance).sum()) + self._missing(ordered)
 
     def contradictions(
         self, importances: Matrix, tolerance: float = TOLERANCE
     ) -> list[Contradiction]:
-        """The entries that :meth:`error` counts, all but those of components that are missing."""
+        """The entries that :meth:`error` counts; what is missing has none."""
         order = self.permute(importances)
         ordered = importances[:, order]
-        if self.pattern == "identity":
-            wanted, wrong = _check_identity(ordered, tolerance)
-        else:
-            wanted, wrong = _check_dense(ordered, self.components, tolerance)
+        on, _ = self._roles(ordered)
         return [
-            Contradiction(int(i), int(order[c]), float(ordered[i, c]), int(wanted[i, c]))
-            for i, c in np.argwhere(wrong)
+            Contradiction(int(i), int(order[c]), float(ordered[i, c]), int(on[i, c]))
+            for i, c in np.argwhere(self._wrong(ordered, tolerance))
         ]
 
     def margins(self, importances: Matrix) -> tuple[float, float]:
         """How clear the pattern is: the lowest importance that the check wants on (of a dense
         component its largest) and the highest that it wants off. What is missing counts as 0."""
-        n, ordered = self.components, importances[:, self.permute(importances)]
-        if self.pattern == "identity":
-            wanted = np.eye(*ordered.shape) == 1
-            on, off = ordered[wanted], ordered[~wanted]
-            missing = n > min(ordered.shape)
-        else:
-            on, off = ordered[:, :n].max(axis=0, initial=0), ordered[:, n:]
-            missing = n > ordered.shape[1]
-        lowest = 0.0 if missing else float(on.min(initial=1))
-        return lowest, float(off.max(initial=0))
+        ordered = importances[:, self.permute(importances)]
+        on, off = self._roles(ordered)
+        lowest = 0.0 if self._missing(ordered) else float(ordered[on].min(initial=1))
+        return lowest, float(ordered[off].max(initial=0))
 
     def permute(self, importances: Matrix) -> NDArray[np.intp]:
         """Order of the columns that shows the pattern."""
         if self.pattern == "identity":
             return permute_identity(importances)
         return permute_dense(importances)
+
+    def _roles(self, ordered: Matrix) -> tuple[Mask, Mask]:
+        """Which entries of permuted importances the check wants on, and which off. Of a dense
+        component one must be on, whichever: its largest."""
+        if self.pattern == "identity":
+            on = np.eye(*ordered.shape) == 1
+            return on, ~on
+        on = np.zeros(ordered.shape, dtype=bool)
+        first = ordered[:, : self.components]
+        on[first.argmax(axis=0), np.arange(first.shape[1])] = True
+        idle = np.arange(ordered.shape[1]) >= self.components
+        return on, np.broadcast_to(idle, ordered.shape)
+
+    def _wrong(self, ordered: Matrix, tolerance: float) -> Mask:
+        on, off = self._roles(ordered)
+        return (on & (ordered < 1 - tolerance)) | (off & (ordered > tolerance))
+
+    def _missing(self, ordered: Matrix) -> int:
+        """How many components there are too few for the pattern."""
+        most = min(ordered.shape) if self.pattern == "identity" else ordered.shape[1]
+        return max(self.components - most, 0)
 
 
 def probe_importances(model: DecomposedModel, features: int) -> dict[str, Matrix]:
@@ -130,38 +143,16 @@ def identity_error(importances: Matrix, n: int, tolerance: float = TOLERANCE) ->
 
     With fewer than n rows or columns the missing diagonal entries count as errors.
     """
-    ordered = importances[:, permute_identity(importances)]
-    missing = max(n - min(ordered.shape), 0)
-    return int(_check_identity(ordered, tolerance)[1].sum()) + missing
+    return Expected("identity", n).error(importances, tolerance)
 
 
 def dense_error(importances: Matrix, k: int, tolerance: float = TOLERANCE) -> int:
     """Of the columns in descending mass: each of the first k without a value ≥ 1 − tolerance counts
     one, in the rest every value > tolerance counts one."""
-    ordered = importances[:, permute_dense(importances)]
-    missing = max(k - ordered.shape[1], 0)
-    return int(_check_dense(ordered, k, tolerance)[1].sum()) + missing
+    return Expected("dense", k).error(importances, tolerance)
 
 
-_Mask = NDArray[np.bool_]
-
-
-def _check_identity(ordered: Matrix, tolerance: float) -> tuple[_Mask, _Mask]:
-    """Which entries of permuted importances are wanted on, and which contradict that."""
-    wanted = np.eye(*ordered.shape) == 1
-    return wanted, np.where(wanted, ordered < 1 - tolerance, ordered > tolerance)
-
-
-def _check_dense(ordered: Matrix, k: int, tolerance: float) -> tuple[_Mask, _Mask]:
-    """The same, where an entry of each of the first k columns is wanted on: its largest."""
-    wanted = np.zeros(ordered.shape, dtype=bool)
-    first = ordered[:, :k]
-    wanted[first.argmax(axis=0), np.arange(first.shape[1])] = True
-    rest = np.arange(ordered.shape[1]) >= k
-    return wanted, np.where(wanted, ordered < 1 - tolerance, rest & (ordered > tolerance))
-
-
-def live(importances: Matrix) -> NDArray[np.bool_]:
+def live(importances: Matrix) -> Mask:
     """Which components exceed 0.1 on at least one probe, [C]."""
     return np.asarray((importances > OFF).any(axis=0))
 

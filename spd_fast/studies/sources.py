@@ -63,10 +63,11 @@ def _record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not {config.name} as it ships: {what}")
     environment = _environment(folder / "env.json")
     ended = datetime.fromtimestamp((folder / "eval.json").stat().st_mtime, timezone.utc)
-    keys = ("processor", "threads", "cuda", "torch", "spd_fast")
+    keys = ("processor", "cuda", "torch", "spd_fast")
     return {
         "date": environment.get("date") or ended.strftime("%Y-%m-%d %H:%M UTC"),
         **{key: environment.get(key) for key in keys},
+        "threads": _threads(environment),
         "gates": _gates(config, evaluation["backend"]),
         "evaluation": evaluation,
     }
@@ -85,8 +86,19 @@ def machine(environment: Mapping[str, Any]) -> str:
     """The GPU, or the processor and how many threads of it."""
     return str(
         environment.get("cuda")
-        or f"{environment.get('processor')}, {environment.get('threads')} thread(s)"
+        or f"{environment.get('processor')}, {_threads(environment)} thread(s)"
     )
+
+
+def _threads(environment: Mapping[str, Any]) -> Any:
+    """Threads of the process that began a run; with those of the ones that went on with it, where
+    they had another number, "1 to 2"."""
+    begun, later = environment.get("threads"), environment.get("resumed")
+    if not isinstance(begun, int) or not isinstance(later, list):
+        return begun
+    found = [e.get("threads") for e in later if isinstance(e, dict)]
+    counts = sorted({begun, *(n for n in found if isinstance(n, int))})
+    return begun if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _measured(folder: Path, rows: int) -> dict[str, Any]:

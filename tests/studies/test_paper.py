@@ -293,6 +293,20 @@ def test_finished_runs_are_collected_with_date_and_machine(tmp_path, finished, s
     assert found["processor"]
 
 
+@pytest.mark.parametrize(
+    ("resumed", "told"),
+    [(None, "1"), ([{"threads": 1}], "1"), ([{"threads": 4}, {"threads": 2}], "1 to 4"), (3, "1")],
+)
+def test_a_run_says_how_many_threads_all_its_processes_had(
+    tmp_path, finished, shipped, resumed, told
+):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    env = {"processor": "M", "threads": 1, "torch": "3", "date": "2026-11-26 00:00 UTC"}
+    (folder / "env.json").write_text(json.dumps(env | {"resumed": resumed}))
+    (path,) = sources.collect([folder], tmp_path / "paper")
+    assert sources.machine(json.loads(path.read_text())) == f"M, {told} thread(s)"
+
+
 def test_one_bad_run_leaves_the_sources_as_they_were(tmp_path, finished, monkeypatch):
     everything = tmp_path / "runs"
     for name in ("a", "b"):
