@@ -24,7 +24,8 @@ class Progress:
 
     In a terminal a tqdm bar with rate and ETA; otherwise plain lines: the first after a second, one
     at the end, and between them at most one every ``interval`` seconds, further apart as the loop
-    goes on, so that the log of a day has a few hundred.
+    goes on, so that the log of a day has a few hundred. The ETA of lines does not count the first
+    step, which also loads and allocates; with an ``interval`` of 0, of whole runs, it does.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Progress:
         self.text = ""
         self.began = time.perf_counter()
         self.next_line = self.began + FIRST_LINE
+        self.counted = self.began, start  # when and at which step the ETA begins to count
 
     def update(self, done: int, text: str = "") -> None:
         """``done`` steps of ``total`` are finished; ``text``, or the last one, is shown beside."""
@@ -61,11 +63,15 @@ class Progress:
         ended = done >= self.total > self.done
         self.done = done
         now = time.perf_counter()
+        if done == self.start + 1 and self.interval:
+            self.counted = now, done
         if self.bar is None and not self.quiet and (ended or now >= self.next_line):
             elapsed = now - self.began
             self.next_line = now + min(max(self.interval, SPREAD * elapsed), LONGEST_SILENCE)
-            remaining = elapsed / max(done - self.start, 1) * (self.total - done)
-            line = f"{self.label}: {done}/{self.total}  ETA {tqdm.format_interval(remaining)}"
+            since, first = self.counted
+            remaining = (now - since) / max(done - first, 1) * (self.total - done)
+            eta = "?" if done == first < self.total else tqdm.format_interval(remaining)
+            line = f"{self.label}: {done}/{self.total}  ETA {eta}"
             print(f"{line}  {self.text}".rstrip(), file=self.file)
             self.file.flush()
 

@@ -67,6 +67,17 @@ def test_the_eta_of_a_resumed_loop_counts_its_own_steps(clock):
     assert "ETA 00:30" in file.getvalue()
 
 
+@pytest.mark.parametrize(("interval", "etas"), [(1, ["?", "00:49"]), (0, ["13:03", "06:46"])])
+def test_the_first_step_tells_nothing_of_the_others(clock, interval, etas):
+    """It takes longer; with an interval of 0 it is a run, one like the others."""
+    file = io.StringIO()
+    with Progress("train", 40, file=file, interval=interval) as progress:
+        for done, seconds in ((1, 20.1), (2, 21.4)):
+            clock[0] = seconds
+            progress.update(done)
+    assert [line.split()[-1] for line in file.getvalue().splitlines()] == etas
+
+
 def test_the_last_step_always_has_its_line(clock):
     file = io.StringIO()
     with Progress("train", 3, file=file) as progress:
